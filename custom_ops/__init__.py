@@ -1,0 +1,1 @@
+"""hc:: ops: hyper-connection mathematics on tensors, one file an op."""

@@ -1,0 +1,1 @@
+"""Hyper-connections for PyTorch, made for torch.compile."""
