@@ -1,0 +1,149 @@
+"""What turns a projection into coefficients: one frozen record, no tensors.
+
+Legend (the whole project): T tokens (all leading dimensions), n streams, C width of a stream,
+K = n·C, V input views, W branch outputs, M coefficients a token.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+
+CHOICES = {
+    "projection": ("flat", "stream", "static"),
+    "norm_form": ("inside", "outside"),
+    "squash": ("none", "tanh"),
+    "pre": ("sigmoid", "sigmoid-sum", "softmax", "linear", "none"),
+    "post": ("sigmoid", "softmax", "linear", "none"),
+    "manifold": ("sinkhorn", "newton-schulz", "permutation", "identity", "linear", "none"),
+    "start": ("exp", "exp-rowmax", "exp-globalmax", "softmax", "abs", "log"),
+    "first": ("row", "column"),
+    "denominator": ("add", "max"),
+}
+MAX_PERMUTATION_STREAMS = 5
+
+# (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; the last two finish the convergence.
+NEWTON_SCHULZ_SCHEDULE = (
+    (7.2086, -15.5131, 9.0178),
+    (3.9623, -2.5813, 0.4542),
+    (3.9466, -2.5765, 0.4544),
+    (3.8991, -2.5671, 0.4566),
+    (3.7186, -2.5308, 0.4653),
+    (3.1390, -2.3073, 0.4733),
+    (2.1715, -1.5246, 0.3885),
+    (1.8648, -1.2224, 0.3577),
+    (15 / 8, -10 / 8, 3 / 8),
+    (15 / 8, -10 / 8, 3 / 8),
+)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """How `hc::constrain` makes pre, post and res from p = φx and ss = Σx².
+
+    r  = rsqrt(ss/K + norm_eps)   (norm_form "outside": 1/(sqrt(ss/K) + norm_eps))
+    z  = α ⊙ squash(r·p) + b      (projection "static": z = b)
+    pre = act(z_pre) + pre_eps, post = post_scale·act(z_post) + post_eps,
+    res = manifold(z_res / temperature), transposed if `transpose`, always applied [out, in].
+
+    Order of the M coefficients in z and b: [pre V·n | post W·n | res]; res holds n² logits
+    row-major, n! for "permutation", none for "identity" and "none". With projection "stream" the
+    projected row of stream j is [pre_j (V) | post_j (W) | res_j: (n)].
+    """
+
+    streams: int
+    views: int = 1
+    branches: int = 1
+    projection: str = "flat"
+    norm_eps: float = 1e-6
+    norm_form: str = "inside"
+    squash: str = "none"
+    pre: str = "sigmoid"
+    pre_eps: float = 0.0
+    post: str = "sigmoid"
+    post_scale: float = 2.0
+    post_eps: float = 0.0
+    manifold: str = "sinkhorn"
+    temperature: float = 1.0
+    transpose: bool = False
+    iterations: int = 20
+    start: str = "exp-globalmax"
+    first: str = "column"
+    denominator: str = "max"
+    eps: float = 1e-30
+    schedule: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_SCHEDULE
+    spec: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        for name in ("streams", "views", "branches"):
+            check_count(name, getattr(self, name), least=1)
+        check_count("iterations", self.iterations, least=0)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.manifold == "permutation" and self.streams > MAX_PERMUTATION_STREAMS:
+            raise ValueError(
+                f"streams must be <= {MAX_PERMUTATION_STREAMS} for the permutation manifold "
+                f"({self.streams}! = {math.factorial(self.streams)} logits), got {self.streams}"
+            )
+        if self.start == "softmax" and self.first != "row":
+            raise ValueError(f"first must be 'row' when start is 'softmax', got {self.first!r}")
+        if self.projection == "stream" and self.manifold not in ("linear", "identity", "none"):
+            raise ValueError(
+                "manifold must be 'linear', 'identity' or 'none' with projection 'stream', "
+                f"got {self.manifold!r}"
+            )
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        changed = {
+            f.name: values[f.name] for f in fields(self) if f.init and values[f.name] != f.default
+        }
+        object.__setattr__(self, "spec", json.dumps(changed, separators=(",", ":")))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Number of pre, post and res coefficients a token."""
+        n = self.streams
+        res = {
+            "permutation": math.factorial(n) if self.manifold == "permutation" else 0,
+            "identity": 0,
+            "none": 0,
+        }.get(self.manifold, n * n)
+        pre = 0 if self.pre == "none" else self.views * n
+        post = 0 if self.post == "none" else self.branches * n
+        return pre, post, res
+
+    @property
+    def total(self) -> int:
+        """M, the number of coefficients a token."""
+        return sum(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of φ: M for a flat projection, M/n for one per stream, 0 if static."""
+        if self.projection == "static":
+            return 0
+        return self.total // self.streams if self.projection == "stream" else self.total
+
+    def norm_width(self, dim: int) -> int:
+        """Number of elements under the RMS norm: n·C flat, C per stream."""
+        return dim if self.projection == "stream" else self.streams * dim
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+@lru_cache(maxsize=1024)
+def parse(spec: str) -> Constraint:
+    """The Constraint that `Constraint.spec` describes."""
+    values = json.loads(spec)
+    if "schedule" in values:
+        values["schedule"] = tuple(tuple(step) for step in values["schedule"])
+    return Constraint(**values)
