@@ -1,0 +1,124 @@
+"""hc::post: x'_i = Σ_j res_ij x_j + Σ_w post_wi y_w, what a branch writes (mHC eq. 3).
+
+Moves: 2n + W C-units forward; 2n + 2W backward, n more where dx is wanted.
+
+Ghost: `hc::pre` can also return an all-zero, zero-stride stand-in for x. A post that takes it
+sends its own cotangent through it and gives x no gradient, so that the backward of that pre forms
+the whole of ∂x in one pass instead of adding two stream tensors.
+"""
+
+import torch
+from torch import Tensor
+
+from custom_ops import reference
+from custom_ops.aggregate import over_tokens, per_token
+from custom_ops.registration import compute_dtype, define, double_backward, flat, use_triton
+
+
+def mix(res: Tensor, x: Tensor) -> Tensor:
+    """Σ_j res_ij x_j in the dtype of the arguments, written out for Inductor to fuse."""
+    rows = [
+        sum(res[..., i, j, None] * x[..., j, :] for j in range(x.shape[-2]))
+        for i in range(x.shape[-2])
+    ]
+    return torch.stack(rows, -2)
+
+
+def _expanded(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., W, C], post [..., W, n] and res [..., n, n] of every token."""
+    branches = y.dim() == x.dim()
+    lead = x.shape[:-2]
+    post = per_token(post, lead, 2 if branches else 1)
+    res = per_token(res, lead, 2)
+    return (y, post, res) if branches else (y.unsqueeze(-2), post.unsqueeze(-2), res)
+
+
+def forward(
+    x: Tensor, y: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None = None
+) -> Tensor:
+    y, post, res = _expanded(x, y, post, res)
+    if use_triton(x):
+        from custom_ops.kernels import post as kernels
+
+        out = kernels.post(flat(x, 2), flat(y, 2), flat(post, 2).float(), flat(res, 2).float())
+        return out.reshape(x.shape)
+    dtype = compute_dtype(x, post, res)
+    out = mix(res.to(dtype), x.to(dtype))
+    for w in range(y.shape[-2]):
+        out = out + post.to(dtype)[..., w, :, None] * y.to(dtype)[..., w, None, :]
+    return out.to(x.dtype)
+
+
+def backward(
+    g: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx (empty unless wanted), dy, dpost, dres."""
+    y_all, post_all, res_all = _expanded(x, y, post, res)
+    if use_triton(x):
+        from custom_ops.kernels import post as kernels
+
+        dx, dy, dpost, dres = kernels.post_backward(
+            flat(g, 2),
+            flat(x, 2),
+            flat(y_all, 2),
+            flat(post_all, 2).float(),
+            flat(res_all, 2).float(),
+            need_dx,
+        )
+        dx = x.new_empty(0) if dx is None else dx.reshape(x.shape)
+        dy, dpost = dy.reshape(y_all.shape), dpost.reshape(post_all.shape)
+        dres = dres.reshape(res_all.shape)
+    else:
+        dtype = compute_dtype(x, post, res)
+        dx, dy, dpost, dres = gradients(
+            *(t.to(dtype) for t in (g, x, y_all, post_all, res_all)), need_dx
+        )
+        dx, dy = dx.to(x.dtype), dy.to(y.dtype)
+    if y.dim() < x.dim():
+        dy, dpost = dy.squeeze(-2), dpost.squeeze(-2)
+    return dx, dy, over_tokens(dpost, post), over_tokens(dres, res)
+
+
+def gradients(
+    g: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four gradients in one dtype, y [..., W, C]."""
+    dx = mix(res.mT, g) if need_dx else x.new_empty(0)
+    branches, streams = range(y.shape[-2]), range(x.shape[-2])
+    dy = torch.stack(
+        [sum(post[..., w, i, None] * g[..., i, :] for i in streams) for w in branches], -2
+    )
+    dpost = torch.stack([(g * y[..., w, None, :]).sum(-1) for w in branches], -2)
+    dres = torch.stack([(g * x[..., j, None, :]).sum(-1) for j in streams], -1)
+    return dx, dy, dpost, dres
+
+
+def _fake(x, y, post, res, ghost=None):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _backward_fake(g, x, y, post, res, need_dx):
+    shape = x.shape if need_dx else (0,)
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+    rest = (torch.empty(t.shape, dtype=t.dtype, device=x.device) for t in (y, post, res))
+    return dx, *rest
+
+
+post = define("post", forward, _fake)
+post_backward = define("post_backward", backward, _backward_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    x, y, post, res, ghost = inputs
+    ctx.has_ghost = ghost is not None
+    ctx.save_for_backward(x, y, post, res)
+
+
+def _autograd(ctx, g):
+    need_dx = ctx.needs_input_grad[0] and not ctx.has_ghost
+    dx, dy, dpost, dres = torch.ops.hc.post_backward(g, *ctx.saved_tensors, need_dx)
+    return dx if need_dx else None, dy, dpost, dres, g if ctx.has_ghost else None
+
+
+post.register_autograd(_autograd, setup_context=_setup_context)
+double_backward(post_backward, 1, 4, lambda prims, rest: [reference.post(*prims)])

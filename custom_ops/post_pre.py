@@ -1,0 +1,104 @@
+"""hc::post_pre: the boundary of two sublayers, post of one and pre of the next, as one op.
+
+x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss. Moves: 2n + 1 + (n + 1)
+C-units forward (x' is projected while it is made); 5n + 4 backward, ∂x' formed in registers.
+"""
+
+import torch
+from torch import Tensor
+
+from custom_ops import post as post_op
+from custom_ops import pre as pre_op
+from custom_ops import reference
+from custom_ops.constraint import parse
+from custom_ops.registration import define, double_backward
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    streams = post_op.forward(x, y, post, res)
+    u, *coefficients, p, ss, _ = pre_op.forward(streams, phi, alpha, bias, spec)
+    return streams, u, *coefficients, p, ss
+
+
+def backward(
+    g: Tensor | None,
+    du: Tensor,
+    dpre: Tensor | None,
+    dpost: Tensor | None,
+    dres: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    res: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    streams: Tensor,
+    next_pre: Tensor,
+    next_post: Tensor,
+    next_res: Tensor,
+    p: Tensor,
+    ss: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b; g is the part of ∂x' that came from above."""
+    saved = (phi, alpha, bias, next_pre, next_post, next_res, p, ss)
+    total, dphi, dalpha, dbias = pre_op.backward(
+        du, dpre, dpost, dres, None, streams, *saved, spec
+    )
+    total = total if g is None else total + g
+    dx, dy, dpost, dres = post_op.backward(total, x, y, post, res, True)
+    return dx, dy, dpost, dres, dphi, dalpha, dbias
+
+
+def _fake(x, y, post, res, phi, alpha, bias, spec):
+    u, *coefficients, p, ss, _ = pre_op._fake(x, phi, alpha, bias, spec)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), u, *coefficients, p, ss
+
+
+def _backward_fake(g, du, dpre, dpost, dres, x, y, post, res, phi, alpha, bias, *rest):
+    def like(t):
+        return torch.empty(t.shape, dtype=t.dtype, device=x.device)
+
+    dphi = x.new_empty(0) if phi is None else like(phi)
+    dalpha = bias.new_empty(0) if alpha is None else like(alpha)
+    return like(x), like(y), like(post), like(res), dphi, dalpha, like(bias)
+
+
+post_pre = define("post_pre", forward, _fake)
+post_pre_backward = define("post_pre_backward", backward, _backward_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    *primals, ctx.spec = inputs
+    streams, u, *coefficients, p, ss = output
+    ctx.mark_non_differentiable(p, ss)
+    ctx.set_materialize_grads(False)
+    ctx.u_shape = u.shape
+    ctx.save_for_backward(*primals, streams, *coefficients, p, ss)
+
+
+def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss):
+    saved = ctx.saved_tensors
+    du = saved[0].new_zeros(()).expand(ctx.u_shape) if du is None else du
+    grads = torch.ops.hc.post_pre_backward(g, du, dpre, dpost, dres, *saved, ctx.spec)
+    present = (d if t is not None else None for d, t in zip(grads, saved[:7], strict=True))
+    return *present, None
+
+
+post_pre.register_autograd(_autograd, setup_context=_setup_context)
+double_backward(
+    post_pre_backward,
+    5,
+    7,
+    lambda prims, rest: list(reference.post_pre(*prims, parse(rest[-1]))),
+)

@@ -1,0 +1,189 @@
+"""hc::pre: everything a sublayer reads, project + constrain + aggregate (mHC eq. 3–8).
+
+Returns u, pre, post, res, and what its backward needs: p, ss and (on request) the ghost of post.py.
+Moves: n + (n + V) C-units forward; backward n + V for <du, x>, then x, du, [g] and ∂x.
+"""
+
+import torch
+from torch import Tensor
+
+from custom_ops import aggregate as agg
+from custom_ops import constrain as con
+from custom_ops import project as proj
+from custom_ops import reference
+from custom_ops.constraint import Constraint, parse
+from custom_ops.post import mix
+from custom_ops.registration import (
+    compute_dtype,
+    define,
+    double_backward,
+    flat,
+    matmul,
+    use_triton,
+)
+
+
+def coefficients(
+    x: Tensor, phi: Tensor | None, alpha: Tensor | None, bias: Tensor, c: Constraint
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """pre, post, res, p, ss; p and ss are empty and the rest has no token axis if static."""
+    if con.is_static(c):
+        bias = bias.to(compute_dtype(x, bias))
+        empty = bias.new_empty(0)
+        return *con.static_forward(bias, c), empty, empty.clone()
+    assert phi is not None and alpha is not None
+    p, ss = proj.forward(x, phi, c.projection == "stream")
+    width = c.norm_width(x.shape[-1])
+    return *con.forward(p, ss, alpha, bias, width, c.spec), p, ss
+
+
+def forward(
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    spec: str,
+    with_ghost: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    c = parse(spec)
+    pre, post, res, p, ss = coefficients(x, phi, alpha, bias, c)
+    u = agg.forward(x, pre if c.views == 1 else agg.per_token(pre, x.shape[:-2], 2))
+    ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
+    return u, pre, post, res, p, ss, ghost
+
+
+def backward(
+    du: Tensor,
+    dpre: Tensor | None,
+    dpost: Tensor | None,
+    dres: Tensor | None,
+    g: Tensor | None,
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    pre: Tensor,
+    post: Tensor,
+    res: Tensor,
+    p: Tensor,
+    ss: Tensor,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂φ, ∂α, ∂b; g is the cotangent of the ghost, whose resᵀg belongs to ∂x."""
+    c = parse(spec)
+    du_all = du.unsqueeze(-2) if c.views == 1 else du
+    pre_all = agg.per_token(pre, x.shape[:-2], len(con.token_shapes(c)[0]))
+    pre_all = pre_all.unsqueeze(-2) if c.views == 1 else pre_all
+    read = _dots(du_all, x)
+    read = agg.over_tokens(read.squeeze(-2) if c.views == 1 else read, pre).to(pre.dtype)
+    dpre = read if dpre is None else read + dpre
+    dpost = torch.zeros_like(post) if dpost is None else dpost
+    dres = torch.zeros_like(res) if dres is None else dres
+    if con.is_static(c):
+        dp = dss = None
+        dalpha = bias.new_empty(0)
+        dbias = con.static_backward(dpre, dpost, dres, bias, c)
+    else:
+        assert phi is not None and alpha is not None
+        width = c.norm_width(x.shape[-1])
+        dp, dss, dalpha, dbias = con.backward(dpre, dpost, dres, p, ss, alpha, bias, width, c.spec)
+    res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
+    dx, dphi = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, c)
+    return dx, dphi, dalpha, dbias
+
+
+def _dots(du: Tensor, x: Tensor) -> Tensor:
+    """<du_v, x_i> [..., V, n], the one number that ∂x waits for."""
+    if use_triton(x):
+        from custom_ops.kernels import pre_backward as kernels
+
+        out = kernels.aggregate_dots(flat(du, 2), flat(x, 2))
+        return out.reshape(*x.shape[:-2], du.shape[-2], x.shape[-2])
+    dtype = compute_dtype(x, du)
+    return agg.dots(du.to(dtype), x.to(dtype))
+
+
+def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, Tensor]:
+    """The whole of ∂x, written once, and ∂φ."""
+    if use_triton(x) and c.projection == "flat":
+        from custom_ops.kernels import pre_backward as kernels
+
+        dx, dphi = kernels.pre_dx(
+            flat(x, 2),
+            flat(du, 2),
+            flat(pre, 2).float(),
+            phi.float().contiguous(),
+            flat(dp, 1),
+            dss.reshape(-1).contiguous(),
+            None if g is None else flat(g, 2),
+            None if res is None else flat(res, 2).float(),
+        )
+        return dx.reshape(x.shape), dphi.to(phi.dtype)
+    dtype = compute_dtype(x, pre)
+    dx = agg.into_streams(du.to(dtype), pre.to(dtype))
+    if g is not None:
+        dx = dx + mix(res.mT.to(dtype), g.to(dtype))
+    if dp is None:
+        return dx.to(x.dtype), x.new_empty(0)
+    rows = proj.rows_of(x, c.projection == "stream", dtype)
+    dp, dss = dp.to(dtype), dss.to(dtype)
+    through = matmul(dp, phi.to(dtype)) + 2 * dss.unsqueeze(-1) * rows
+    dphi = matmul(dp.flatten(0, -2).mT, rows.flatten(0, -2))
+    return (dx + through.reshape(x.shape)).to(x.dtype), dphi.to(phi.dtype)
+
+
+def _fake(x, phi, alpha, bias, spec, with_ghost=False):
+    c = parse(spec)
+    lead, dim = x.shape[:-2], x.shape[-1]
+    dtype = compute_dtype(x, phi, alpha, bias)
+    static = con.is_static(c)
+    u = x.new_empty((*lead, dim) if c.views == 1 else (*lead, c.views, dim))
+    shapes = [s if static else (*lead, *s) for s in con.token_shapes(c)]
+    coefs = (x.new_empty(s, dtype=dtype) for s in shapes)
+    p_lead = (*lead, c.streams) if c.projection == "stream" else lead
+    p = x.new_empty((0,) if static else (*p_lead, c.rows), dtype=dtype)
+    ss = x.new_empty((0,) if static else p_lead, dtype=dtype)
+    ghost = x.new_empty(()).expand(x.shape) if with_ghost else x.new_empty(0)
+    return u, *coefs, p, ss, ghost
+
+
+def _backward_fake(du, dpre, dpost, dres, g, x, phi, alpha, bias, pre, post, res, p, ss, spec):
+    def like(t):
+        return (
+            bias.new_empty(0)
+            if t is None
+            else torch.empty(t.shape, dtype=t.dtype, device=x.device)
+        )
+
+    dphi = x.new_empty(0) if phi is None else like(phi)
+    return like(x), dphi, like(alpha), like(bias)
+
+
+pre = define("pre", forward, _fake)
+pre_backward = define("pre_backward", backward, _backward_fake)
+
+
+def _setup_context(ctx, inputs, output):
+    x, phi, alpha, bias, ctx.spec, _ = inputs
+    u, pre, post, res, p, ss, _ghost = output
+    ctx.mark_non_differentiable(p, ss)
+    ctx.set_materialize_grads(False)
+    ctx.u_shape = u.shape
+    ctx.save_for_backward(x, phi, alpha, bias, pre, post, res, p, ss)
+
+
+def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
+    saved = ctx.saved_tensors
+    if du is None:
+        du = saved[0].new_zeros(()).expand(ctx.u_shape)
+    grads = torch.ops.hc.pre_backward(du, dpre, dpost, dres, g, *saved, ctx.spec)
+    present = (g if t is not None else None for g, t in zip(grads, saved[:4], strict=True))
+    return *present, None, None
+
+
+def _reference(prims, rest):
+    return [*reference.pre(*prims, parse(rest[-1])), None]
+
+
+pre.register_autograd(_autograd, setup_context=_setup_context)
+double_backward(pre_backward, 5, 4, _reference)
