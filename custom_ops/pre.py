@@ -1,6 +1,6 @@
 """hc::pre: everything a sublayer reads, project + constrain + aggregate (mHC eq. 3–8).
 
-Returns u, pre, post, res, and what its backward needs: p, ss and (on request) the ghost of post.py.
+Returns u, pre, post, res, and what its backward needs: p, ss and, if asked, the ghost of post.py.
 Moves: n + (n + V) C-units forward; backward n + V for <du, x>, then x, du, [g] and ∂x.
 """
 

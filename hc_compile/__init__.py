@@ -1,1 +1,34 @@
 """Hyper-connections for PyTorch, made for torch.compile."""
+
+from hc_compile import functional
+from hc_compile.backend import compile
+from hc_compile.config import HCConfig
+from hc_compile.module import (
+    HyperConnection,
+    StreamExpand,
+    StreamReduce,
+    expand_streams,
+    reduce_streams,
+    resolve,
+)
+from hc_compile.parameters import parameter_groups
+from hc_compile.presets import PRESETS, Preset
+from hc_compile.state import StreamState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "HCConfig",
+    "HyperConnection",
+    "Preset",
+    "StreamExpand",
+    "StreamReduce",
+    "StreamState",
+    "compile",
+    "expand_streams",
+    "functional",
+    "parameter_groups",
+    "reduce_streams",
+    "resolve",
+]

@@ -1,0 +1,57 @@
+"""The Dynamo backend "hc_inductor": Inductor with the passes over hc:: ops before autograd.
+
+`torch.compile(model, backend="hc_inductor", mode=..., options=...)` finds it without any import
+(entry point group `torch_dynamo_backends`); `hc.compile(model, ...)` is the same thing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import custom_ops  # noqa: F401  (registers torch.ops.hc)
+from hc_compile.passes import PassPipeline
+
+
+def hc_inductor(
+    graph_module: torch.fx.GraphModule,
+    example_inputs: list,
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable:
+    """Compile with Inductor, hc:: passes first; a user's `pre_grad_custom_pass` runs after ours.
+
+    Args:
+        graph_module, example_inputs: from Dynamo.
+        mode: as torch.compile's ("reduce-overhead", "max-autotune", ...).
+        options: Inductor options, as torch.compile's.
+    """
+    options = dict(options or {})
+    then = options.pop("pre_grad_custom_pass", torch._inductor.config.pre_grad_custom_pass)
+    options["pre_grad_custom_pass"] = PassPipeline(then=then)
+    inductor = torch._TorchCompileInductorWrapper(mode, options, None)
+    return inductor(graph_module, example_inputs)
+
+
+def _reset() -> None:
+    """Called by torch.compiler.reset(): drop CUDA graphs."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    if torch.cuda.is_available():
+        reset_cudagraph_trees()
+
+
+hc_inductor.reset = _reset  # type: ignore[attr-defined]
+
+
+def compile(model: Callable | None = None, **kwargs: Any) -> Callable:
+    """`torch.compile` with the hc:: graph passes.
+
+    Args:
+        model: a module or function; without it, a decorator is returned, as by torch.compile.
+        **kwargs: of torch.compile (fullgraph, dynamic, mode, options, ...), except `backend`.
+    """
+    if "backend" in kwargs:
+        raise TypeError(f"backend must not be given to hc.compile, got {kwargs['backend']!r}")
+    return torch.compile(model, backend=hc_inductor, **kwargs)  # type: ignore[arg-type]

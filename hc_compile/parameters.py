@@ -1,0 +1,99 @@
+"""HC parameters: a submodule of their own (fp32, none 0-d), and their weight-decay rule."""
+
+import torch
+from torch import Tensor, nn
+
+from hc_compile.config import HCConfig
+from hc_compile.initial import initial_bias
+
+
+class CoefficientParameters(nn.Module):
+    """φ [M, K], α and b [M] of one sublayer; calling it gives the op arguments (φ, α [3], b)."""
+
+    def __init__(
+        self,
+        cfg: HCConfig,
+        layer_index: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        c, row = cfg.constraint, cfg.row
+        self.alpha_index = row.alpha_index
+        bias = initial_bias(row.bias_init, c, layer_index)
+        self.bias = nn.Parameter(bias.to(device=device, dtype=dtype))
+        if c.projection == "static":
+            self.register_parameter("phi", None)
+            self.register_parameter("alpha", None)
+            return
+        columns = c.norm_width(cfg.dim)
+        self.phi = nn.Parameter(_normal(c.rows, columns, row.phi_std, device, dtype))
+        self.alpha = nn.Parameter(torch.tensor(row.alpha, device=device, dtype=dtype))
+
+    def forward(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        alpha = self.alpha
+        if alpha is not None and self.alpha_index != (0, 1, 2):
+            alpha = torch.stack([alpha[i] for i in self.alpha_index])
+        return self.phi, alpha, self.bias
+
+
+class HeadParameters(nn.Module):
+    """φ [n, K], α [1] and b [n] of the learned sigmoid head (DeepSeek-V4's `hc_head`)."""
+
+    def __init__(self, cfg: HCConfig, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        c = cfg.head_constraint()
+        columns = c.norm_width(cfg.dim)
+        self.phi = nn.Parameter(_normal(c.rows, columns, cfg.row.phi_std, device, dtype))
+        self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(c.total, device=device, dtype=dtype))
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.phi, self.alpha.expand(3), self.bias
+
+
+class StreamEmbedding(nn.Module):
+    """Learned offset [n, C] of each stream, zero at the start."""
+
+    def __init__(self, cfg: HCConfig, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        assert cfg.streams is not None
+        self.weight = nn.Parameter(torch.zeros(cfg.streams, cfg.dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight.to(x.dtype)
+
+
+def _normal(rows: int, columns: int, std: float, device, dtype: torch.dtype) -> Tensor:
+    phi = torch.zeros(rows, columns, device=device, dtype=dtype)
+    return phi.normal_(0.0, std) if std else phi
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
+    """Optimiser groups with the papers' rule: no weight decay on static HC weights.
+
+    b, α and stream embeddings are not decayed, φ is (HC, arXiv 2409.19606, section 4); outside
+    hyper-connections, matrices are decayed and vectors are not.
+
+    Args:
+        model: any module that contains hyper-connections (or none).
+        weight_decay: of the first group.
+
+    Returns: [{"name": "decay", ...}, {"name": "no_decay", ...}] for a torch optimiser; every
+        trainable parameter is in exactly one of them.
+    """
+    static = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, CoefficientParameters | HeadParameters | StreamEmbedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != "phi"
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    keep = [p for p in trainable if id(p) in static or p.dim() < 2]
+    kept = {id(p) for p in keep}
+    decay = [p for p in trainable if id(p) not in kept]
+    return [
+        {"name": "decay", "params": decay, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": keep, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,116 @@
+"""The variants as data: one row a preset, naming the parts of the one implementation.
+
+Canonical orientation: res is applied [out, in]; a row that reproduces a transposed
+implementation sets `transpose` in its constraint. Sources: HC = arXiv 2409.19606, mHC = arXiv
+2512.24880, mHC-lite = arXiv 2601.05732, DeepSeek-V4 and HY-V4 as their public model code.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DYNAMIC_HC = {
+    "projection": "stream",
+    "pre": "linear",
+    "post": "linear",
+    "post_scale": 1.0,
+    "manifold": "linear",
+    "transpose": True,
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One variant of hyper-connections, fully pinned.
+
+    constraint: fields of `custom_ops.constraint.Constraint` that differ from its defaults.
+    bias_init: rule of `hc_compile.initial` for b. phi_std: standard deviation of φ, 0 for zeros.
+    alpha: initial gates; alpha_index says which of them gates pre, post and res.
+    reduce: "mean", "sum" or "head" (learned sigmoid head). streams: default n; max_streams: limit.
+    equals_residual: whether the network equals its plain residual twin at initialisation.
+    """
+
+    name: str
+    source: str
+    constraint: dict[str, Any] = field(default_factory=dict, hash=False)
+    bias_init: str = "mhc"
+    phi_std: float = 0.0
+    alpha: tuple[float, ...] = (0.01, 0.01, 0.01)
+    alpha_index: tuple[int, int, int] = (0, 1, 2)
+    reduce: str = "mean"
+    streams: int = 4
+    max_streams: int | None = None
+    equals_residual: bool = True
+
+
+_ROWS = (
+    Preset("residual", "x + F(x)", streams=1, max_streams=1),
+    Preset(
+        "shc",
+        "HC eq. 1–4, static",
+        DYNAMIC_HC | {"projection": "static"},
+        bias_init="hc",
+        alpha=(),
+    ),
+    Preset(
+        "dhc",
+        "HC eq. 5–9, dynamic, tanh, RMSNorm per stream",
+        DYNAMIC_HC | {"squash": "tanh"},
+        bias_init="hc",
+        alpha=(0.01, 0.01),
+        alpha_index=(0, 1, 0),
+    ),
+    Preset(
+        "dhc-no-tanh",
+        "HC eq. 5–9 without tanh",
+        DYNAMIC_HC,
+        bias_init="hc",
+        alpha=(0.01, 0.01),
+        alpha_index=(0, 1, 0),
+    ),
+    Preset("mhc", "mHC eq. 3–9: columns first, rows last, 20 iterations"),
+    Preset(
+        "mhc-log", "mHC eq. 3–9 with the Sinkhorn iteration in the log domain", {"start": "log"}
+    ),
+    Preset(
+        "mhc-v4",
+        "DeepSeek-V4: row softmax + 1e-6, columns, then 19 × (rows, columns), transposed",
+        {
+            "pre_eps": 1e-6,
+            "start": "softmax",
+            "first": "row",
+            "denominator": "add",
+            "eps": 1e-6,
+            "transpose": True,
+        },
+        bias_init="zeros",
+        phi_std=0.02,
+        alpha=(1.0, 1.0, 1.0),
+        reduce="head",
+        equals_residual=False,
+    ),
+    Preset(
+        "mhc-lite",
+        "mHC-lite: convex combination of the n! permutations",
+        {"manifold": "permutation"},
+        bias_init="mhc-lite",
+        max_streams=5,
+    ),
+    Preset(
+        "mhc-ortho",
+        "orthostochastic: res = O∘O, O the Newton–Schulz polar factor",
+        {"manifold": "newton-schulz"},
+        bias_init="mhc-ortho",
+    ),
+    Preset(
+        "ihc",
+        "HY-V4: res = I, only pre and post learned",
+        {"pre_eps": 1e-6, "post_eps": 1e-6, "manifold": "identity"},
+        bias_init="ihc",
+        phi_std=0.02,
+        alpha=(0.01, 0.01),
+        alpha_index=(0, 1, 1),
+        equals_residual=False,
+    ),
+)
+
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
