@@ -199,15 +199,19 @@ def forward(
         dtype = compute_dtype(p, alpha, bias)
         hidden = hidden_of(flat(p, keep).to(dtype), flat(ss, keep - 1).to(dtype), width, c)
         parts = from_logits(gains(alpha.to(dtype), c) * hidden + bias.to(dtype), c)
+        parts = tuple(t.clone(memory_format=torch.contiguous_format) for t in parts)
     shapes = token_shapes(c)
-    return tuple(t.reshape(*lead, *s).contiguous() for t, s in zip(parts, shapes, strict=True))
+    return tuple(t.reshape(*lead, *s) for t, s in zip(parts, shapes, strict=True))
 
 
 def static_forward(bias: Tensor, c: Constraint) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of a static constraint, without a token axis."""
     bias = bias.to(compute_dtype(bias))
     parts = from_logits(bias.unsqueeze(0), c)
-    return tuple(t.reshape(s).clone() for t, s in zip(parts, token_shapes(c), strict=True))
+    return tuple(
+        t.reshape(s).clone(memory_format=torch.contiguous_format)
+        for t, s in zip(parts, token_shapes(c), strict=True)
+    )
 
 
 def static_backward(

@@ -164,9 +164,9 @@ pre_backward = define("pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    x, phi, alpha, bias, ctx.spec, _ = inputs
-    u, pre, post, res, p, ss, _ghost = output
-    ctx.mark_non_differentiable(p, ss)
+    x, phi, alpha, bias, ctx.spec, with_ghost = inputs
+    u, pre, post, res, p, ss, ghost = output
+    ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
     ctx.save_for_backward(x, phi, alpha, bias, pre, post, res, p, ss)

@@ -58,7 +58,8 @@ def sinkhorn(
         matrix = logits.exp()
     for side in steps:
         total = matrix.sum(side, keepdim=True)
-        matrix = matrix / (total + eps if denominator == "add" else total.clamp_min(eps))
+        divisor = total + eps if denominator == "add" else total.clamp_min(eps)
+        matrix = matrix / torch.where(total == 0, torch.inf, divisor)  # underflow stays zero
     return matrix
 
 

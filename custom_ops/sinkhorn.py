@@ -33,6 +33,15 @@ def begin(logits: Tensor, start: str, eps: float) -> Tensor:
     return logits.exp()
 
 
+def divisor_of(total: Tensor, denominator: str, eps: float) -> Tensor:
+    """What a line is divided by; infinite where it underflowed to zeros, which then stay zeros.
+
+    Exact: such entries come from exp, whose derivative there is zero too.
+    """
+    divisor = total + eps if denominator == "add" else total.clamp_min(eps)
+    return torch.where(total == 0, torch.inf, divisor)
+
+
 def begin_backward(grad: Tensor, logits: Tensor, start: str, eps: float) -> Tensor:
     """Derivative of `begin`; the maximum's share is split among ties."""
     if start == "log":
@@ -60,8 +69,7 @@ def _loop(
         if start == "log":
             matrix = matrix - torch.logsumexp(matrix, side, keepdim=True)
             continue
-        total = matrix.sum(side, keepdim=True)
-        matrix = matrix / (total + eps if denominator == "add" else total.clamp_min(eps))
+        matrix = matrix / divisor_of(matrix.sum(side, keepdim=True), denominator, eps)
     return (matrix.exp() if start == "log" else matrix.clone()).contiguous()
 
 
@@ -84,7 +92,7 @@ def _loop_backward(
             history.append((side, matrix, None))
             continue
         total = matrix.sum(side, keepdim=True)
-        divisor = total + eps if denominator == "add" else total.clamp_min(eps)
+        divisor = divisor_of(total, denominator, eps)
         live = divisor if denominator == "add" else torch.where(total >= eps, divisor, torch.inf)
         matrix = matrix / divisor
         history.append((side, matrix, (divisor, live)))

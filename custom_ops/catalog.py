@@ -1,0 +1,301 @@
+"""One row an op: how to call it, its reference, inputs, mandatory bytes, equation.
+
+Tests, benchmarks and profiles iterate this table; a new op is a file and a row here.
+Equations are numbered as in mHC, arXiv 2512.24880.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from custom_ops import reference
+from custom_ops.constraint import NEWTON_SCHULZ_SCHEDULE, Constraint
+
+Tensors = tuple[Tensor, ...]
+
+CONSTRAINTS: dict[str, dict] = {
+    "sinkhorn": {},
+    "sinkhorn-log": {"start": "log"},
+    "sinkhorn-v4": {
+        "pre_eps": 1e-6,
+        "start": "softmax",
+        "first": "row",
+        "denominator": "add",
+        "eps": 1e-6,
+        "transpose": True,
+    },
+    "sinkhorn-rowmax": {"start": "exp-rowmax", "iterations": 3, "temperature": 0.5},
+    "newton-schulz": {"manifold": "newton-schulz"},
+    "permutation": {"manifold": "permutation"},
+    "identity": {"manifold": "identity", "norm_form": "outside", "post_eps": 1e-6},
+    "tanh": {
+        "projection": "stream",
+        "squash": "tanh",
+        "pre": "linear",
+        "post": "linear",
+        "post_scale": 1.0,
+        "manifold": "linear",
+        "transpose": True,
+    },
+    "softmax-gates": {"pre": "softmax", "post": "softmax", "post_scale": 1.0, "iterations": 2},
+    "sigmoid-sum": {"pre": "sigmoid-sum", "pre_eps": 1e-6, "iterations": 2},
+    "views": {"views": 2, "branches": 3, "iterations": 2},
+    "head": {"post": "none", "manifold": "none", "pre_eps": 1e-6},
+    "static": {
+        "projection": "static",
+        "pre": "linear",
+        "post": "linear",
+        "post_scale": 1.0,
+        "manifold": "linear",
+        "transpose": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op of the catalog.
+
+    inputs(variant, T, n, C, generator): its tensors in float64, in the order of `call`.
+    call, reference(variant, *tensors): the differentiable outputs, of the op and of the oracle.
+    streams: indices of the inputs that have the stream dtype; the others are fp32 coefficients.
+    units(n): C-units that must move, (forward, backward); None where no streams move.
+    """
+
+    name: str
+    equation: str
+    inputs: Callable[..., Tensors]
+    call: Callable[..., Tensors]
+    reference: Callable[..., Tensors]
+    streams: tuple[int, ...]
+    units: Callable[[int], tuple[float, float]] | None
+    variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
+    max_streams: dict[str, int] = field(default_factory=lambda: {"permutation": 5})
+
+
+def _draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _constraint(variant: str, n: int) -> Constraint:
+    return Constraint(n, **CONSTRAINTS[variant])
+
+
+def _parameters(c: Constraint, width: int, generator: torch.Generator) -> Tensors:
+    """φ, α and b with logits of order 1 (empty φ and α if static)."""
+    bias = _draw(generator, c.total)
+    if c.projection == "static":
+        return (bias,)
+    phi = _draw(generator, c.rows, c.norm_width(width)) / c.norm_width(width) ** 0.5
+    return phi, 1 + 0.1 * _draw(generator, 3), bias
+
+
+def _with_defaults(parameters: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    phi, alpha, bias = parameters if len(parameters) == 3 else (None, None, parameters[0])
+    return phi, alpha, bias
+
+
+def _write_inputs(c: Constraint, tokens: int, width: int, generator) -> Tensors:
+    n = c.streams
+    branch = (c.branches,) if c.branches > 1 else ()
+    return (
+        _draw(generator, tokens, n, width),
+        _draw(generator, tokens, *branch, width),
+        _draw(generator, tokens, *branch, n),
+        torch.softmax(_draw(generator, tokens, n, n), -1),
+    )
+
+
+def _pre_inputs(variant, tokens, n, width, generator) -> Tensors:
+    c = _constraint(variant, n)
+    return _draw(generator, tokens, n, width), *_parameters(c, width, generator)
+
+
+def _post_pre_inputs(variant, tokens, n, width, generator) -> Tensors:
+    c = _constraint(variant, n)
+    return *_write_inputs(c, tokens, width, generator), *_parameters(c, width, generator)
+
+
+def _constrain_inputs(variant, tokens, n, width, generator) -> Tensors:
+    c = _constraint(variant, n)
+    rows = (n,) if c.projection == "stream" else ()
+    p = _draw(generator, tokens, *rows, c.rows)
+    ss = width * _draw(generator, tokens, *rows).square() + 0.1
+    return p, ss, 1 + 0.1 * _draw(generator, 3), _draw(generator, c.total)
+
+
+def _call_pre(variant, x, *parameters):
+    c = _constraint(variant, x.shape[-2])
+    return torch.ops.hc.pre(x, *_with_defaults(parameters), c.spec)[:4]
+
+
+def _call_post_pre(variant, x, y, post, res, *parameters):
+    c = _constraint(variant, x.shape[-2])
+    write = (x, y, post, res)
+    return torch.ops.hc.post_pre(*write, *_with_defaults(parameters), c.spec)[:5]
+
+
+def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:
+    """n from the shapes that constrain sees."""
+    for n in range(1, 17):
+        c = CONSTRAINTS[variant]
+        if c.get("manifold") == "permutation" and n > 5:
+            break
+        if Constraint(n, **c).total == bias.shape[0]:
+            return n
+    raise ValueError(f"bias must be [M] for some n <= 16, got {list(bias.shape)}")
+
+
+def _call_constrain(variant, p, ss, alpha, bias):
+    c = _constraint(variant, _streams_of(variant, p, bias))
+    return torch.ops.hc.constrain(p, ss, alpha, bias, 8, c.spec)
+
+
+def _reference_constrain(variant, p, ss, alpha, bias):
+    c = _constraint(variant, _streams_of(variant, p, bias))
+    return reference.constrain(p, ss, alpha, bias, 8, c)
+
+
+def _reference_pre(variant, x, *parameters):
+    return reference.pre(x, *_with_defaults(parameters), _constraint(variant, x.shape[-2]))
+
+
+def _reference_post_pre(variant, x, y, post, res, *parameters):
+    c = _constraint(variant, x.shape[-2])
+    return reference.post_pre(x, y, post, res, *_with_defaults(parameters), c)
+
+
+SINKHORN_OPTIONS: dict[str, tuple] = {
+    "": (20, "exp-globalmax", "column", "max", 1e-30),
+    "exp": (2, "exp", "row", "add", 0.0),
+    "log": (20, "log", "column", "max", 0.0),
+    "softmax": (20, "softmax", "row", "add", 1e-6),
+    "abs": (5, "abs", "row", "max", 1e-3),
+    "rowmax": (1, "exp-rowmax", "column", "add", 1e-2),
+    "none": (0, "exp-globalmax", "row", "add", 0.0),
+}
+SCHEDULES = {"": NEWTON_SCHULZ_SCHEDULE, "cubic": ((3.0, -3.2, 1.2),) * 5}
+
+
+def _small_inputs(variant, tokens, n, width, generator) -> Tensors:
+    return (_draw(generator, tokens, n, n),)
+
+
+def _flat_schedule(variant: str) -> list[float]:
+    return [value for step in SCHEDULES[variant] for value in step]
+
+
+ROWS = (
+    Row(
+        "sinkhorn",
+        "eq. 9",
+        _small_inputs,
+        lambda variant, m: (torch.ops.hc.sinkhorn(m, *SINKHORN_OPTIONS[variant]),),
+        lambda variant, m: (reference.sinkhorn(m, *SINKHORN_OPTIONS[variant]),),
+        (),
+        None,
+        {name: {} for name in SINKHORN_OPTIONS},
+    ),
+    Row(
+        "newton_schulz",
+        "polar factor",
+        _small_inputs,
+        lambda variant, m: (torch.ops.hc.newton_schulz(m, _flat_schedule(variant), 1e-7),),
+        lambda variant, m: (reference.newton_schulz(m, SCHEDULES[variant], 1e-7),),
+        (),
+        None,
+        {name: {} for name in SCHEDULES},
+    ),
+    Row(
+        "project",
+        "eq. 5",
+        lambda variant, tokens, n, width, generator: (
+            _draw(generator, tokens, n, width),
+            _draw(generator, n * n + 2 * n, width if variant else n * width) / width**0.5,
+        ),
+        lambda variant, x, phi: torch.ops.hc.project(x, phi, bool(variant)),
+        lambda variant, x, phi: reference.project(x, phi, bool(variant)),
+        (0,),
+        lambda n: (n, 2 * n),
+        {"": {}, "stream": {}},
+    ),
+    Row(
+        "constrain",
+        "eq. 7-8",
+        _constrain_inputs,
+        _call_constrain,
+        _reference_constrain,
+        (),
+        None,
+        {name: c for name, c in CONSTRAINTS.items() if name != "static"},
+    ),
+    Row(
+        "aggregate",
+        "eq. 3",
+        lambda variant, tokens, n, width, generator: (
+            _draw(generator, tokens, n, width),
+            _draw(generator, tokens, *((2,) if variant else ()), n),
+        ),
+        lambda variant, x, pre: (torch.ops.hc.aggregate(x, pre),),
+        lambda variant, x, pre: (reference.aggregate(x, pre),),
+        (0,),
+        lambda n: (n + 1, 2 * n + 1),
+        {"": {}, "views": {}},
+    ),
+    Row(
+        "post",
+        "eq. 3",
+        lambda variant, tokens, n, width, generator: _write_inputs(
+            Constraint(n, branches=2 if variant else 1), tokens, width, generator
+        ),
+        lambda variant, x, y, post, res: (torch.ops.hc.post(x, y, post, res),),
+        lambda variant, x, y, post, res: (reference.post(x, y, post, res),),
+        (0, 1),
+        lambda n: (2 * n + 1, 3 * n + 2),
+        {"": {}, "branches": {}},
+    ),
+    Row(
+        "pre",
+        "eq. 3-9",
+        _pre_inputs,
+        _call_pre,
+        _reference_pre,
+        (0,),
+        lambda n: (2 * n + 1, 3 * n + 2),
+        CONSTRAINTS,
+    ),
+    Row(
+        "post_pre",
+        "eq. 3-9",
+        _post_pre_inputs,
+        _call_post_pre,
+        _reference_post_pre,
+        (0, 1),
+        lambda n: (3 * n + 2, 5 * n + 4),
+        CONSTRAINTS,
+    ),
+)
+
+CATALOG: dict[str, Row] = {row.name: row for row in ROWS}
+
+
+def make_inputs(
+    row: Row,
+    variant: str,
+    tokens: int,
+    n: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Tensors:
+    """Inputs of one case: streams in `dtype`, coefficients in float32 (float64 for float64)."""
+    generator = torch.Generator().manual_seed(seed)
+    narrow = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn = row.inputs(variant, tokens, n, width, generator)
+    return tuple(
+        t.to(device=device, dtype=dtype if k in row.streams else narrow)
+        for k, t in enumerate(drawn)
+    )
