@@ -5,9 +5,9 @@ One program takes a block of tokens and makes the three parts one after the othe
 summed in fixed order while they are loaded. dalpha and dbias go to one slot a program and a
 second kernel adds the slots in fixed order.
 
-Compile-time tuples: a part is (a, b, A, B, column, stride_a, stride_b, bias, stream_axis);
-NORM = (form, eps, width, squash); PRE and POST = (kind, scale, eps);
-MIX = (manifold, temperature, stride_i, stride_j, rule of Sinkhorn or schedule).
+Compile-time tuples: a part is (a, b, A, B, column, stride_a, stride_b, bias, stream_axis, ...),
+where PRE and POST go on (kind, scale, eps) and RES (manifold, temperature, stride_i, stride_j);
+NORM = (form, eps, width, squash); RULE is Sinkhorn's rule or the Newton–Schulz schedule.
 """
 
 import torch
@@ -46,36 +46,36 @@ def hc_constrain_kernel(
     M: tl.constexpr,
     BT: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     PRE: tl.constexpr,
     POST: tl.constexpr,
-    MIX: tl.constexpr,
+    RES: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     tokens = hc_tokens(BT)
     inputs = (p_ptr, ss_ptr, alpha_ptr, bias_ptr)
-    if PARTS[0][0] > 0:
-        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 0, n, M, SPLITS, PARTS[0], NORM)
-        places = hc_offsets(tokens, PARTS[0][0] * n, n, 1, PARTS[0][2], PARTS[0][3], BT)
-        valid = hc_valid(tokens, T, PARTS[0][0], n, PARTS[0][2], PARTS[0][3])
+    if PRE[0] > 0:
+        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 0, n, M, SPLITS, PRE, NORM)
+        places = hc_offsets(tokens, PRE[0] * n, n, 1, PRE[2], PRE[3], BT)
+        valid = hc_valid(tokens, T, PRE[0], n, PRE[2], PRE[3])
         tl.store(pre_ptr + places, hc_activate(z, n, PRE), mask=valid)
-    if PARTS[1][0] > 0:
-        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 1, n, M, SPLITS, PARTS[1], NORM)
-        places = hc_offsets(tokens, PARTS[1][0] * n, n, 1, PARTS[1][2], PARTS[1][3], BT)
-        valid = hc_valid(tokens, T, PARTS[1][0], n, PARTS[1][2], PARTS[1][3])
+    if POST[0] > 0:
+        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 1, n, M, SPLITS, POST, NORM)
+        places = hc_offsets(tokens, POST[0] * n, n, 1, POST[2], POST[3], BT)
+        valid = hc_valid(tokens, T, POST[0], n, POST[2], POST[3])
         tl.store(post_ptr + places, hc_activate(z, n, POST), mask=valid)
-    if PARTS[2][0] > 0:
-        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 2, n, M, SPLITS, PARTS[2], NORM)
-        z = z / MIX[1]
-        if MIX[0] == "permutation":
-            hc_permutation_store(z, res_ptr, tokens, T, n, MIX[2], MIX[3])
+    if RES[0] > 0:
+        z, _s, _p = hc_logits(inputs, p_sum_ptr, tokens, T, 2, n, M, SPLITS, RES, NORM)
+        z = z / RES[10]
+        if RES[9] == "permutation":
+            hc_permutation_store(z, res_ptr, tokens, T, n, RES[11], RES[12])
         else:
-            places = hc_offsets(tokens, n * n, MIX[2], MIX[3], PARTS[2][2], PARTS[2][3], BT)
-            valid = hc_valid(tokens, T, n, n, PARTS[2][2], PARTS[2][3])
-            tl.store(res_ptr + places, hc_mix(z, n, MIX), mask=valid)
+            places = hc_offsets(tokens, n * n, RES[11], RES[12], RES[2], RES[3], BT)
+            valid = hc_valid(tokens, T, n, n, RES[2], RES[3])
+            tl.store(res_ptr + places, hc_mix(z, n, RES, RULE), mask=valid)
     if SPLITS > 1:
-        rows: tl.constexpr = n if PARTS[0][8] >= 0 else 1
-        ROWS: tl.constexpr = PARTS[0][3] if PARTS[0][8] >= 0 else 1
+        rows: tl.constexpr = n if PRE[8] >= 0 else 1
+        ROWS: tl.constexpr = PRE[3] if PRE[8] >= 0 else 1
         places = hc_offsets(tokens, rows, 0, 1, 1, ROWS, BT)
         valid = hc_valid(tokens, T, 1, rows, 1, ROWS)
         ss = hc_total(ss_ptr, places, valid, tl.full((), rows, tl.int64) * T, SPLITS)
@@ -112,43 +112,43 @@ def hc_constrain_backward_kernel(
     M: tl.constexpr,
     BT: tl.constexpr,
     CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
     NORM: tl.constexpr,
     PRE: tl.constexpr,
     POST: tl.constexpr,
-    MIX: tl.constexpr,
+    RES: tl.constexpr,
+    RULE: tl.constexpr,
 ):
     tokens = hc_tokens(BT)
     inputs = (p_ptr, ss_ptr, alpha_ptr, bias_ptr)
-    rows: tl.constexpr = n if PARTS[0][8] >= 0 else 1
-    ROWS: tl.constexpr = PARTS[0][3] if PARTS[0][8] >= 0 else 1
+    rows: tl.constexpr = n if PRE[8] >= 0 else 1
+    ROWS: tl.constexpr = PRE[3] if PRE[8] >= 0 else 1
     dss = tl.zeros((1, ROWS, BT), tl.float32)
-    if PARTS[0][0] > 0:
-        z, hidden, p = hc_logits(inputs, None, tokens, T, 0, n, M, 1, PARTS[0], NORM)
-        grad = hc_load_part(dpre_ptr, tokens, T, n, n, 1, PARTS[0])
+    if PRE[0] > 0:
+        z, hidden, p = hc_logits(inputs, None, tokens, T, 0, n, M, 1, PRE, NORM)
+        grad = hc_load_part(dpre_ptr, tokens, T, n, n, 1, PRE)
         dz = hc_activate_backward(grad, z, n, PRE)
         dss += hc_logits_backward(
-            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 0, n, M, PARTS[0], NORM
+            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 0, n, M, PRE, NORM
         )
-    if PARTS[1][0] > 0:
-        z, hidden, p = hc_logits(inputs, None, tokens, T, 1, n, M, 1, PARTS[1], NORM)
-        grad = hc_load_part(dpost_ptr, tokens, T, n, n, 1, PARTS[1])
+    if POST[0] > 0:
+        z, hidden, p = hc_logits(inputs, None, tokens, T, 1, n, M, 1, POST, NORM)
+        grad = hc_load_part(dpost_ptr, tokens, T, n, n, 1, POST)
         dz = hc_activate_backward(grad, z, n, POST)
         dss += hc_logits_backward(
-            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 1, n, M, PARTS[1], NORM
+            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 1, n, M, POST, NORM
         )
-    if PARTS[2][0] > 0:
-        z, hidden, p = hc_logits(inputs, None, tokens, T, 2, n, M, 1, PARTS[2], NORM)
-        z = z / MIX[1]
-        if MIX[0] == "permutation":
-            dz = hc_permutation_backward(z, dres_ptr, tokens, T, n, MIX[2], MIX[3])
+    if RES[0] > 0:
+        z, hidden, p = hc_logits(inputs, None, tokens, T, 2, n, M, 1, RES, NORM)
+        z = z / RES[10]
+        if RES[9] == "permutation":
+            dz = hc_permutation_backward(z, dres_ptr, tokens, T, n, RES[11], RES[12])
         else:
-            grad = hc_load_part(dres_ptr, tokens, T, n, MIX[2], MIX[3], PARTS[2])
-            dz = hc_mix_backward(grad, z, n, CHUNK, MIX)
-        dz = dz / MIX[1]
-        z, hidden, p = hc_logits(inputs, None, tokens, T, 2, n, M, 1, PARTS[2], NORM)
+            grad = hc_load_part(dres_ptr, tokens, T, n, RES[11], RES[12], RES)
+            dz = hc_mix_backward(grad, z, n, CHUNK, RES, RULE)
+        dz = dz / RES[10]
+        z, hidden, p = hc_logits(inputs, None, tokens, T, 2, n, M, 1, RES, NORM)
         dss += hc_logits_backward(
-            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 2, n, M, PARTS[2], NORM
+            dz, hidden, p, inputs, dp_ptr, partial_ptr, tokens, T, 2, n, M, RES, NORM
         )
     places = hc_offsets(tokens, rows, 0, 1, 1, ROWS, BT)
     tl.store(dss_ptr + places, dss, mask=hc_valid(tokens, T, 1, rows, 1, ROWS))
@@ -190,35 +190,43 @@ def parts_of(c: Constraint) -> tuple:
     strides = ((1, rows), (1, rows), (rows, 1)) if stream else ((n, 1), (n, 1), (n, 1))
     axes = (1, 1, 0) if stream else (-1, -1, -1)
     shapes = (pre_shape, post_shape, res_shape)
+    kinds = (
+        (c.pre, 1.0, c.pre_eps),
+        (c.post, c.post_scale, c.post_eps),
+        (c.manifold, c.temperature, *((1, n) if c.transpose else (n, 1))),
+    )
+    biases = (0, pre, pre + post)
     return tuple(
-        (a, b, padded(a), padded(b), columns[i], *strides[i], (0, pre, pre + post)[i], axes[i])
+        (a, b, padded(a), padded(b), columns[i], *strides[i], biases[i], axes[i], *kinds[i])
         for i, (a, b) in enumerate(shapes)
     )
 
 
 def choices_of(c: Constraint, width: int) -> dict:
     """The compile-time tuples of a record."""
-    n = c.streams
     rule: tuple = ()
     if c.manifold == "sinkhorn":
         rule = (c.iterations, c.start, c.first, c.denominator, c.eps)
     elif c.manifold == "newton-schulz":
         rule = c.schedule
-    strides = (1, n) if c.transpose else (n, 1)
+    pre, post, res = parts_of(c)
+    norm = (c.norm_form, c.norm_eps, width, c.squash)
     return {
-        "n": n,
-        "M": c.total,
-        "PARTS": parts_of(c),
-        "NORM": (c.norm_form, c.norm_eps, width, c.squash),
-        "PRE": (c.pre, 1.0, c.pre_eps),
-        "POST": (c.post, c.post_scale, c.post_eps),
-        "MIX": (c.manifold, c.temperature, *strides, rule),
-    }
+        "n": c.streams, "M": c.total, "NORM": norm, "PRE": pre, "POST": post, "RES": res,
+        "RULE": rule,
+    }  # fmt: skip
 
 
-# (manifold, N) -> (tokens a program, warps); others take what is under None
-FORWARD = {None: {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (16, 2), 16: (8, 4)}}
-BACKWARD = {None: {1: (128, 4), 2: (128, 4), 4: (32, 2), 8: (16, 4), 16: (4, 4)}}
+# (manifold, N) -> (tokens a program, warps); other manifolds take what is under None. Warps must
+# not share a token, so a program of fewer than 32 tokens a warp has one warp.
+FORWARD = {
+    None: {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (4, 1)},
+    "permutation": {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)},
+}
+BACKWARD = {
+    None: {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (2, 1)},
+    "permutation": {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)},
+}
 CHUNK = {1: 5, 2: 5, 4: 5, 8: 5, 16: 2}
 
 
@@ -228,7 +236,7 @@ def tile_of(table: dict, c: Constraint) -> tuple[int, int]:
 
 
 def constant_parts(p: Tensor, tokens, c: Constraint) -> tuple[Tensor, Tensor, Tensor]:
-    """pre [T, V, n], post [T, W, n] and res [T, n, n]; those without logits already hold values."""
+    """pre [T, V, n], post [T, W, n] and res [T, n, n]; constants are filled in."""
     n = c.streams
     pre = p.new_empty((tokens, c.views, n), dtype=torch.float32)
     post = p.new_empty((tokens, c.branches, n), dtype=torch.float32)

@@ -1,7 +1,7 @@
 """What the constrain kernels do to one part (pre, post or res) of every token.
 
-A part is a tile [A, B, tokens]; the compile-time tuples PART, NORM, KIND and MIX are those of
-constrain.py.
+A part is a tile [A, B, tokens]; the compile-time tuples PART, NORM, RES and RULE are
+those of constrain.py.
 """
 
 import triton
@@ -97,10 +97,9 @@ def hc_logits(
     hidden = p * scale
     if NORM[3] == "tanh":
         hidden = hc_tanh(hidden)
-    row = tl.arange(0, PART[2])[:, None, None]
-    column = tl.arange(0, PART[3])[None, :, None]
-    inside = (row < PART[0]) & (column < PART[1])
-    bias = tl.load(bias_ptr + PART[7] + row * PART[1] + column, mask=inside, other=0.0)
+    # One bias a token: a load of another layout would decide the layout of everything after it.
+    again = hc_offsets(tokens, 0, PART[1], 1, PART[2], PART[3], tokens.shape[0]) + PART[7]
+    bias = tl.load(bias_ptr + again, mask=valid, other=0.0)
     alpha = tl.load(alpha_ptr + GAIN).to(tl.float32)
     return alpha * hidden + bias.to(tl.float32), hidden, p
 
@@ -170,54 +169,55 @@ def hc_gate(z, n: tl.constexpr):
 
 
 @triton.jit
-def hc_activate(z, n: tl.constexpr, KIND: tl.constexpr):
-    if KIND[0] == "linear":
+def hc_activate(z, n: tl.constexpr, PART: tl.constexpr):
+    if PART[9] == "linear":
         return z
-    elif KIND[0] == "softmax":
-        return KIND[1] * hc_softmax(z, n) + KIND[2]
+    elif PART[9] == "softmax":
+        return PART[10] * hc_softmax(z, n) + PART[11]
     else:
         gate, _slope = hc_gate(z, n)
-        if KIND[0] == "sigmoid-sum":
-            return KIND[1] * gate / (hc_sum(gate, 1) + KIND[2])
+        if PART[9] == "sigmoid-sum":
+            return PART[10] * gate / (hc_sum(gate, 1) + PART[11])
         else:
-            return KIND[1] * gate + KIND[2]
+            return PART[10] * gate + PART[11]
 
 
 @triton.jit
-def hc_activate_backward(grad, z, n: tl.constexpr, KIND: tl.constexpr):
+def hc_activate_backward(grad, z, n: tl.constexpr, PART: tl.constexpr):
     """Gradient of z (padding of grad: 0)."""
-    if KIND[0] == "linear":
+    if PART[9] == "linear":
         return grad
-    elif KIND[0] == "softmax":
+    elif PART[9] == "softmax":
         weights = hc_softmax(z, n)
-        return KIND[1] * weights * (grad - hc_sum(grad * weights, 1))
+        return PART[10] * weights * (grad - hc_sum(grad * weights, 1))
     else:
         gate, slope = hc_gate(z, n)
-        if KIND[0] == "sigmoid-sum":
-            total = hc_sum(gate, 1) + KIND[2]
+        if PART[9] == "sigmoid-sum":
+            total = hc_sum(gate, 1) + PART[11]
             grad = (grad - hc_sum(grad * gate, 1) / total) / total
-        return KIND[1] * grad * slope
+        return PART[10] * grad * slope
 
 
 @triton.jit
-def hc_mix(z, n: tl.constexpr, MIX: tl.constexpr):
+def hc_mix(z, n: tl.constexpr, RES: tl.constexpr, RULE: tl.constexpr):
     """res tile [N, N, tokens] from its logits."""
-    if MIX[0] == "sinkhorn":
-        return hc_sinkhorn_forward(z, n, MIX[4])
-    elif MIX[0] == "newton-schulz":
-        polar = hc_newton_schulz_forward(z, POLAR_EPS, MIX[4])
+    if RES[9] == "sinkhorn":
+        return hc_sinkhorn_forward(z, n, RULE)
+    elif RES[9] == "newton-schulz":
+        polar = hc_newton_schulz_forward(z, POLAR_EPS, RULE)
         return polar * polar
     else:
         return z
 
 
 @triton.jit
-def hc_mix_backward(grad, z, n: tl.constexpr, CHUNK: tl.constexpr, MIX: tl.constexpr):
+def hc_mix_backward(
+    grad, z, n: tl.constexpr, CHUNK: tl.constexpr, RES: tl.constexpr, RULE: tl.constexpr
+):
     """Gradient of the logits from that of res (padding of grad: 0)."""
-    if MIX[0] == "sinkhorn":
-        return hc_sinkhorn_backward(grad, z, n, CHUNK, MIX[4])
-    elif MIX[0] == "newton-schulz":
-        polar = hc_newton_schulz_forward(z, POLAR_EPS, MIX[4])
-        return hc_newton_schulz_backward(2 * grad * polar, z, POLAR_EPS, MIX[4])
+    if RES[9] == "sinkhorn":
+        return hc_sinkhorn_backward(grad, z, n, CHUNK, RULE)
+    elif RES[9] == "newton-schulz":
+        return hc_newton_schulz_backward(grad, z, True, POLAR_EPS, RULE)
     else:
         return grad

@@ -85,13 +85,27 @@ def hc_newton_schulz_undo(x, grad, step, SCHEDULE: tl.constexpr):
 
 
 @triton.jit
-def hc_newton_schulz_backward(grad, matrix, EPS: tl.constexpr, SCHEDULE: tl.constexpr):
-    """Gradient of the matrices; keeps the state halfway and replays each half from its start."""
+def hc_newton_schulz_backward(
+    grad, matrix, SQUARED: tl.constexpr, EPS: tl.constexpr, SCHEDULE: tl.constexpr
+):
+    """Gradient of the matrices; `grad` is that of the polar factor, or SQUARED of its square.
+
+    Keeps the state halfway and replays each half from its start.
+    """
     STEPS: tl.constexpr = len(SCHEDULE)
     HALF: tl.constexpr = STEPS // 2
     norm = hc_newton_schulz_norm(matrix)
     start = matrix / (norm + EPS)
-    middle = hc_newton_schulz_steps(start, 0, HALF, SCHEDULE)
+    middle = start
+    last = start
+    for half in range(2 if SQUARED else 1):
+        middle = last
+        first = tl.full((), 0, tl.int32) + half * HALF
+        last = hc_newton_schulz_steps(last, first, HALF + half * (STEPS % 2), SCHEDULE)
+    if SQUARED:
+        grad = 2 * grad * last
+    else:
+        middle = last
     for done in range(STEPS):
         step = tl.full((), STEPS - 1, tl.int32) - done
         late = step >= HALF
@@ -140,13 +154,13 @@ def hc_newton_schulz_backward_kernel(
     valid = hc_valid(tokens, T, n, n, N, N)
     matrix = tl.load(matrix_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-    grad = hc_newton_schulz_backward(grad, matrix, EPS, SCHEDULE)
+    grad = hc_newton_schulz_backward(grad, matrix, False, EPS, SCHEDULE)
     tl.store(out_ptr + offsets, grad.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 # N -> (tokens a program, warps)
-FORWARD = {1: (128, 4), 2: (128, 4), 4: (64, 2), 8: (16, 2)}
-BACKWARD = {1: (128, 4), 2: (128, 4), 4: (64, 2), 8: (8, 2)}
+FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1)}
+BACKWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)}
 
 
 def newton_schulz(matrix: Tensor, schedule: tuple, eps: float = 1e-7) -> Tensor:

@@ -238,9 +238,10 @@ def hc_sinkhorn_backward_kernel(
     tl.store(out_ptr + offsets, grad.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-# N -> (tokens a program, warps, iterations undone a chunk)
-FORWARD = {1: (128, 4), 2: (128, 4), 4: (64, 2), 8: (16, 2), 16: (8, 4)}
-BACKWARD = {1: (128, 4, 5), 2: (128, 4, 5), 4: (32, 2, 5), 8: (16, 4, 5), 16: (4, 4, 2)}
+# N -> (tokens a program, warps[, iterations undone a chunk]). Warps must not share a token, so a
+# program of fewer than 32 tokens a warp has one warp.
+FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (4, 1)}
+BACKWARD = {1: (128, 4, 5), 2: (128, 4, 5), 4: (32, 1, 5), 8: (8, 1, 5), 16: (2, 1, 2)}
 
 
 def sinkhorn(

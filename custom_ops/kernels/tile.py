@@ -34,11 +34,14 @@ def hc_offsets(
     """Element offsets [A, B, BT] of one small matrix a token.
 
     The hint orders the layout, tokens first; it cannot widen a load, because the offsets have no
-    known divisibility.
+    known divisibility. A stride of 0 is hidden, else the addition and its hint would be folded.
     """
     inner = hc_axis(A)[:, None, None] * stride_a + hc_axis(B)[None, :, None] * stride_b
-    rows = (tokens * stride_t)[None, None, :]
-    return tl.max_contiguous(inner + rows, (1, 1, BT))
+    if stride_t == 0:
+        rows = (tokens.to(tl.float32) * 0.0).to(tl.int64)
+    else:
+        rows = tokens * stride_t
+    return tl.max_contiguous(inner + rows[None, None, :], (1, 1, BT))
 
 
 @triton.jit
