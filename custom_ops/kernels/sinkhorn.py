@@ -14,6 +14,9 @@ from custom_ops.kernels.tile import hc_exp, hc_offsets, hc_tokens, hc_valid, pad
 
 # RULE = (iterations, start, first, denominator, eps), a compile-time tuple everywhere below.
 LOG_PAD = tl.constexpr(-1e30)
+# Divisor of a line of zeros (underflow, padding): its entries stay 0 and so does their gradient,
+# which dividing by eps again and again would overflow.
+DEAD = tl.constexpr(1e38)
 
 
 @triton.jit
@@ -66,8 +69,7 @@ def hc_sinkhorn_half(x, n: tl.constexpr, AXIS: tl.constexpr, RULE: tl.constexpr)
             divisor = total + RULE[4]
         else:
             divisor = tl.where(total < RULE[4], RULE[4], total)
-        if n != N:
-            divisor = tl.where(hc_line(n, N, AXIS), divisor, 1.0)
+        divisor = tl.where(total == 0, DEAD, divisor)
         x = x * (1.0 / divisor)
     return x, divisor
 
