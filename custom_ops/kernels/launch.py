@@ -1,0 +1,44 @@
+"""How every Triton kernel of this package is launched, and the tile sizes they share.
+
+Legend: T tokens, n streams, C width of a stream, K = n·C, M coefficients a token, V views, W
+branch outputs. A tile depends on (n, C, dtype) and never on T, so nothing recompiles when the
+number of tokens changes.
+"""
+
+import os
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel, grid, *args, **meta) -> None:
+    """Launch `kernel` so that `torch.compile` can trace it, or plainly under the interpreter."""
+    if INTERPRETED:  # wrap_triton rejects interpreted kernels
+        kernel[grid](*args, **meta)
+    else:
+        torch.library.wrap_triton(kernel)[grid](*args, **meta)
+
+
+def column_block(width: int, limit: int, least: int = 128) -> int:
+    """The power of two in [least, limit] that pads `width` least; the largest of equals."""
+    best = least
+    block = least
+    while block <= limit:
+        if triton.cdiv(width, block) * block <= triton.cdiv(width, best) * best:
+            best = block
+        block *= 2
+    return best
+
+
+def column_warps(block: int) -> int:
+    """Warps that give each lane 8 columns of `block`."""
+    return max(1, min(8, block // 256))
+
+
+def row_tile(width: int, limit: int) -> dict:
+    """Tile of a kernel that walks one token's row; GROUP columns of a lane are added first."""
+    block = column_block(width, limit)
+    warps = column_warps(block)
+    return {"BLOCK_C": block, "GROUP": min(8, block // (32 * warps)), "num_warps": warps}
