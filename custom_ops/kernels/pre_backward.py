@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch, row_tile
+from custom_ops.kernels.launch import INTERPRETED, column_block, launch, row_tile
+from custom_ops.kernels.project import split_phi, sum_slots
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -51,6 +52,105 @@ def hc_aggregate_dots(
             tl.store(dpre, tl.sum(dots[row * N + stream], axis=0), mask=first + row < V)
 
 
+@triton.jit
+def hc_halves(value, SPLIT: tl.constexpr):
+    """value = hi + lo in bf16, or the value twice where one product serves."""
+    if not SPLIT:
+        return value, value
+    hi = value.to(tl.bfloat16)
+    return hi, (value - hi.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def hc_pre_dx(
+    x_ptr,
+    du_ptr,
+    pre_ptr,
+    phi_ptr,
+    dp_ptr,
+    dss_ptr,
+    g_ptr,
+    res_ptr,
+    dx_ptr,
+    part_ptr,
+    tokens,
+    width,
+    N: tl.constexpr,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    HAS_G: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DOT: tl.constexpr,
+    TOKEN_SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_C columns of every stream over one of TOKEN_SPLITS spans of tokens."""
+    column_tiles = tl.cdiv(width, BLOCK_C)
+    split = tl.program_id(0) // column_tiles
+    c_offs = (tl.program_id(0) % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c_offs < width
+    m_offs = tl.arange(0, BLOCK_M)
+    m_mask = m_offs < M
+    depth = N * width
+    phi_mask = m_mask[:, None] & c_mask[None, :]
+    phi_hi = ()
+    phi_lo = ()
+    dphi = ()
+    for j in tl.static_range(N):
+        phi_offs = m_offs[:, None] * depth + j * width + c_offs[None, :]
+        hi, lo = hc_halves(tl.load(phi_ptr + phi_offs, mask=phi_mask, other=0.0), SPLIT)
+        phi_hi = phi_hi + (hi,)
+        phi_lo = phi_lo + (lo,)
+        dphi = dphi + (tl.zeros([BLOCK_C, BLOCK_M], tl.float32),)
+    span = tl.cdiv(tokens, TOKEN_SPLITS * BLOCK_T) * BLOCK_T
+    start = split * span
+    for first in tl.range(start, tl.minimum(start + span, tokens), BLOCK_T, num_stages=STAGES):
+        t_offs = first + tl.arange(0, BLOCK_T).to(tl.int64)
+        t_mask = t_offs < tokens
+        mask = t_mask[:, None] & c_mask[None, :]
+        rows = t_offs[:, None] * depth + c_offs[None, :]
+        dp_mask = t_mask[:, None] & m_mask[None, :]
+        dp = tl.load(dp_ptr + t_offs[:, None] * M + m_offs[None, :], mask=dp_mask, other=0.0)
+        dp_hi, dp_lo = hc_halves(dp, SPLIT)
+        dss = 2.0 * tl.load(dss_ptr + t_offs, mask=t_mask, other=0.0)
+        du_tiles = ()
+        g_tiles = ()
+        for v in tl.static_range(V):
+            du_offs = t_offs[:, None] * (V * width) + v * width + c_offs[None, :]
+            du_tiles = du_tiles + (tl.load(du_ptr + du_offs, mask=mask, other=0.0),)
+        if HAS_G:
+            for i in tl.static_range(N):
+                g_tiles = g_tiles + (tl.load(g_ptr + rows + i * width, mask=mask, other=0.0),)
+        sums = ()
+        for j in tl.static_range(N):
+            x_tile = tl.load(x_ptr + rows + j * width, mask=mask, other=0.0)
+            operand = x_tile if SPLIT else x_tile.to(tl.float32)
+            dphi_j = tl.dot(tl.trans(operand), dp_hi, dphi[j], input_precision=DOT)
+            dx = tl.dot(dp_hi, phi_hi[j], input_precision=DOT)
+            if SPLIT:
+                dphi_j = tl.dot(tl.trans(operand), dp_lo, dphi_j)
+                dx = tl.dot(dp_lo, phi_hi[j], dx)
+                dx = tl.dot(dp_hi, phi_lo[j], dx)
+            sums = sums + (dphi_j,)
+            dx += dss[:, None] * x_tile.to(tl.float32)
+            for v in tl.static_range(V):
+                pre = tl.load(pre_ptr + t_offs * (V * N) + v * N + j, mask=t_mask, other=0.0)
+                dx += pre[:, None] * du_tiles[v].to(tl.float32)
+            if HAS_G:
+                for i in tl.static_range(N):
+                    res_offs = t_offs * (N * N) + i * N + j
+                    res = tl.load(res_ptr + res_offs, mask=t_mask, other=0.0)
+                    dx += res[:, None] * g_tiles[i].to(tl.float32)
+            tl.store(dx_ptr + rows + j * width, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dphi = sums
+    for j in tl.static_range(N):
+        offs = (split * M + m_offs[None, :]).to(tl.int64) * depth + j * width + c_offs[:, None]
+        tl.store(part_ptr + offs, dphi[j], mask=c_mask[:, None] & m_mask[None, :])
+
+
 def aggregate_dots(du: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dpre_vi = ⟨du_v, x_i⟩.
 
@@ -76,3 +176,81 @@ def aggregate_dots(du: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         **row_tile(width, 1024 if streams <= 4 else 512),
     )
     return dpre
+
+
+def pre_dx(
+    x: torch.Tensor,
+    du: torch.Tensor | None,
+    pre: torch.Tensor | None,
+    phi: torch.Tensor,
+    dp: torch.Tensor,
+    dss: torch.Tensor,
+    g: torch.Tensor | None = None,
+    res: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx_j = Σ_i res_ij g_i + Σ_v pre_vj du_v + (φᵀdp)_j + 2·dss·x_j and dφ = Σ_t dp_t ⊗ x_t.
+
+    Args: x [T, n, C], du [T, V, C] or None, g [T, n, C] or None, float; pre [T, V, n],
+    phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous.
+    Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
+    Moves: 3n + 1.
+    """
+    tokens, streams, width = x.shape
+    coefficients = phi.shape[0]
+    tile = pre_dx_tile(streams, width, coefficients, x.dtype)
+    dx = torch.empty_like(x)
+    parts = phi.new_empty(tile["TOKEN_SPLITS"], *phi.shape)
+    launch(
+        hc_pre_dx,
+        (triton.cdiv(width, tile["BLOCK_C"]) * tile["TOKEN_SPLITS"],),
+        x,
+        x if du is None else du,
+        dp if pre is None else pre,
+        phi,
+        dp,
+        dss,
+        x if g is None else g,
+        dp if res is None else res,
+        dx,
+        parts,
+        tokens,
+        width,
+        N=streams,
+        V=0 if du is None else du.shape[1],
+        M=coefficients,
+        HAS_G=g is not None,
+        **tile,
+    )
+    if tile["TOKEN_SPLITS"] == 1:
+        return dx, parts[0]
+    return dx, sum_slots(parts, torch.empty_like(phi))
+
+
+def pre_dx_tile(streams: int, width: int, coefficients: int, dtype: torch.dtype) -> dict:
+    """Tile of `pre_dx`, from (n, C, M, dtype) alone."""
+    split = dtype == torch.bfloat16 and not INTERPRETED
+    block_m = max(16, triton.next_power_of_2(coefficients))
+    block_c = 64
+    slices = triton.cdiv(width, block_c)
+    return {
+        "SPLIT": split,
+        "DOT": "ieee" if INTERPRETED else "tf32x3",
+        "TOKEN_SPLITS": max(1, 264 // slices),
+        "BLOCK_T": 64,
+        "BLOCK_M": block_m,
+        "BLOCK_C": block_c,
+        "STAGES": 2,
+        "num_warps": 8,
+    }
+
+
+def project_backward(
+    dp: torch.Tensor, dss: torch.Tensor, x: torch.Tensor, phi: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx = φᵀdp + 2·dss·x and dφ = Σ_t dp_t ⊗ x_t: `pre_dx` without du and g.
+
+    Args: dp [T, M], dss [T], phi [M, n·C] fp32, x [T, n, C] float.
+    Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
+    Moves: 2n.
+    """
+    return pre_dx(x, None, None, phi, dp, dss)

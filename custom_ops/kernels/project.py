@@ -1,0 +1,174 @@
+"""p = x φᵀ and ss = Σ x²: the skinny product that makes the coefficients.
+
+φ is fp32; a product with 16-bit x takes it as hi + lo, each exact in the tensor cores' type:
+bf16 x: two bf16 halves (16 mantissa bits); fp16 x: two tf32 halves (21 bits). fp32 x takes one
+product of three tf32 passes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from custom_ops.kernels.launch import INTERPRETED, launch
+
+PRECISIONS = ("bf16", "bf16x2", "tf32", "ieee")
+COEFFICIENT_TILE = 128  # more coefficients than this are computed in several passes over x
+
+
+@triton.jit
+def hc_project_split(phi_ptr, hi_ptr, lo_ptr, total, BLOCK: tl.constexpr):
+    """φ = hi + lo: bf16 halves, or the tf32 mantissa and its rest for fp32 outputs."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < total
+    phi = tl.load(phi_ptr + offs, mask=mask, other=0.0)
+    if hi_ptr.dtype.element_ty == tl.float32:
+        hi = (phi.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    else:
+        hi = phi.to(hi_ptr.dtype.element_ty)
+    lo = (phi - hi.to(tl.float32)).to(lo_ptr.dtype.element_ty)
+    tl.store(hi_ptr + offs, hi, mask=mask)
+    tl.store(lo_ptr + offs, lo, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def hc_project(
+    x_ptr,
+    hi_ptr,
+    lo_ptr,
+    p_ptr,
+    ss_ptr,
+    tokens,
+    depth,
+    M: tl.constexpr,
+    HALVES: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """BLOCK_T tokens × BLOCK_M coefficients over one of SPLITS spans of K."""
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS
+    token_offs = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = token_offs < tokens
+    m_offs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_mask = m_offs < M
+    k_offs = tl.arange(0, BLOCK_K)
+    span = tl.cdiv(depth, SPLITS * BLOCK_K) * BLOCK_K
+    x_rows = x_ptr + token_offs[:, None] * depth + k_offs[None, :]
+    phi_offs = m_offs[None, :] * depth + k_offs[:, None]
+    total = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    start = split * span
+    for k in tl.range(start, tl.minimum(start + span, depth), BLOCK_K, num_stages=STAGES):
+        k_mask = k + k_offs < depth
+        x_tile = tl.load(x_rows + k, mask=token_mask[:, None] & k_mask[None, :], other=0.0)
+        phi_mask = m_mask[None, :] & k_mask[:, None]
+        hi = tl.load(hi_ptr + phi_offs + k, mask=phi_mask, other=0.0)
+        operand = x_tile.to(hi_ptr.dtype.element_ty)
+        total = tl.dot(operand, hi, total, input_precision=DOT)
+        if HALVES == 2:
+            lo = tl.load(lo_ptr + phi_offs + k, mask=phi_mask, other=0.0)
+            total = tl.dot(operand, lo, total, input_precision=DOT)
+        x_wide = x_tile.to(tl.float32)
+        squares += tl.sum(x_wide * x_wide, axis=1)
+    slot = split * tokens.to(tl.int64) + token_offs
+    p_mask = token_mask[:, None] & m_mask[None, :]
+    tl.store(p_ptr + slot[:, None] * M + m_offs[None, :], total, mask=p_mask)
+    tl.store(ss_ptr + slot, squares, mask=token_mask & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=["total"])
+def hc_project_sum(part_ptr, out_ptr, total, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = Σ_s part_s in ascending s."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < total
+    stride = total.to(tl.int64)
+    value = tl.load(part_ptr + offs, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        value += tl.load(part_ptr + split * stride + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, value, mask=mask)
+
+
+def sum_slots(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = Σ_s parts_s, in a fixed order."""
+    total = out.numel()
+    launch(
+        hc_project_sum,
+        (triton.cdiv(total, 512),),
+        parts,
+        out,
+        total,
+        SPLITS=parts.shape[0],
+        BLOCK=512,
+        num_warps=4,
+    )
+    return out
+
+
+def split_phi(phi: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """hi and lo of φ in `dtype` (bf16, or fp32 holding tf32)."""
+    hi = torch.empty_like(phi, dtype=dtype)
+    lo = torch.empty_like(phi, dtype=dtype)
+    total = phi.numel()
+    launch(hc_project_split, (triton.cdiv(total, 1024),), phi, hi, lo, total, BLOCK=1024)
+    return hi, lo
+
+
+def project_operands(phi: torch.Tensor, dtype: torch.dtype, precision: str):
+    """(hi, lo, halves, input_precision) of the product with x of `dtype`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if precision == "ieee" or INTERPRETED:
+        return phi, phi, 1, "ieee"
+    if precision == "tf32":
+        return phi, phi, 1, "tf32"
+    if dtype == torch.float32:
+        return phi, phi, 1, "tf32x3"
+    hi, lo = split_phi(phi, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return hi, lo, 1 if precision == "bf16" else 2, "tf32"
+
+
+def project(
+    x: torch.Tensor, phi: torch.Tensor, precision: str = "bf16x2"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """p = x_flat φᵀ and ss = Σ x².
+
+    Args: x [T, n, C] float, phi [M, n·C] fp32, contiguous; precision of φ in the product.
+    Returns: p [T, M] fp32, ss [T] fp32. A token's result does not depend on the others.
+    Moves: n (x again for every 128 coefficients).
+    """
+    tokens = x.shape[0]
+    coefficients, depth = phi.shape
+    hi, lo, halves, dot = project_operands(phi, x.dtype, precision)
+    block_m = min(COEFFICIENT_TILE, max(16, triton.next_power_of_2(coefficients)))
+    wide = hi.dtype == torch.float32
+    block_t, block_k = 64 if wide or block_m > 64 else 128, 32 if wide else 64
+    splits = max(1, min(8, depth // 2048))
+    p = x.new_empty(splits, tokens, coefficients, dtype=torch.float32)
+    ss = x.new_empty(splits, tokens, dtype=torch.float32)
+    launch(
+        hc_project,
+        (triton.cdiv(tokens, block_t) * splits, triton.cdiv(coefficients, block_m)),
+        x,
+        hi,
+        lo,
+        p,
+        ss,
+        tokens,
+        depth,
+        M=coefficients,
+        HALVES=halves,
+        DOT=dot,
+        SPLITS=splits,
+        BLOCK_T=block_t,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        STAGES=3 if wide else 4,
+        num_warps=4,
+    )
+    if splits == 1:
+        return p[0], ss[0]
+    return sum_slots(p, torch.empty_like(p[0])), sum_slots(ss, torch.empty_like(ss[0]))
