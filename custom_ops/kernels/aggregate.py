@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import column_block, column_warps, launch, row_tile
+from custom_ops.kernels.launch import launch, plane_tile, row_tile
+from custom_ops.kernels.pre_backward import aggregate_dots
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -88,10 +89,10 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
     Moves: I + O.
     """
     tokens, inputs, width = x.shape
-    block = column_block(width, 1024 if inputs <= 4 else 512)
+    tile = plane_tile(width)
     launch(
         hc_aggregate,
-        (tokens * triton.cdiv(width, block),),
+        (tokens * triton.cdiv(width, tile["BLOCK_C"]),),
         x,
         weight,
         out,
@@ -100,9 +101,7 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
         IN=inputs,
         OUT=out.shape[1],
         TRANSPOSED=transposed,
-        BLOCK_T=1,
-        BLOCK_C=block,
-        num_warps=column_warps(block),
+        **tile,
     )
     return out
 
@@ -130,8 +129,6 @@ def aggregate_backward(
     tokens, streams, width = x.shape
     dx = torch.empty_like(x)
     if pre.shape[1] != 1:
-        from custom_ops.kernels.pre_backward import aggregate_dots
-
         return weighted_sum(du, pre, dx, transposed=True), aggregate_dots(du, x)
     dpre = torch.empty_like(pre)
     launch(

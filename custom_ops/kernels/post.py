@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.aggregate import weighted_sum
-from custom_ops.kernels.launch import column_block, column_warps, launch, row_tile
+from custom_ops.kernels.launch import launch, plane_tile, row_tile
 from custom_ops.kernels.pre_backward import aggregate_dots
 
 FUSED_STREAMS = 8  # beyond these the n² sums of post_backward leave the registers
@@ -123,10 +123,10 @@ def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
     """
     tokens, streams, width = x.shape
     out = torch.empty_like(x)
-    block = column_block(width, 1024 if streams <= 4 else 512)
+    tile = plane_tile(width)
     launch(
         hc_post,
-        (tokens * triton.cdiv(width, block),),
+        (tokens * triton.cdiv(width, tile["BLOCK_C"]),),
         x,
         y,
         post,
@@ -136,9 +136,7 @@ def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
         width,
         N=streams,
         W=y.shape[1],
-        BLOCK_T=1,
-        BLOCK_C=block,
-        num_warps=column_warps(block),
+        **tile,
     )
     return out
 
@@ -183,6 +181,6 @@ def post_backward(
         width,
         N=streams,
         NEED_DX=need_dx,
-        **row_tile(width, 1024 if streams <= 4 else 512),
+        **row_tile(width, 256),
     )
     return dx, dy, dpost, dres

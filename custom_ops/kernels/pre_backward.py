@@ -5,8 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, column_block, launch, row_tile
-from custom_ops.kernels.project import split_phi, sum_slots
+from custom_ops.kernels.launch import INTERPRETED, launch, row_tile
+from custom_ops.kernels.pre_wide import hc_dphi_step, hc_round_tf32, wide_dphi, wide_dx
+from custom_ops.kernels.project import sum_slots
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -52,16 +53,7 @@ def hc_aggregate_dots(
             tl.store(dpre, tl.sum(dots[row * N + stream], axis=0), mask=first + row < V)
 
 
-@triton.jit
-def hc_halves(value, SPLIT: tl.constexpr):
-    """value = hi + lo in bf16, or the value twice where one product serves."""
-    if not SPLIT:
-        return value, value
-    hi = value.to(tl.bfloat16)
-    return hi, (value - hi.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "token_splits"])
 def hc_pre_dx(
     x_ptr,
     du_ptr,
@@ -75,19 +67,19 @@ def hc_pre_dx(
     part_ptr,
     tokens,
     width,
+    token_splits,
     N: tl.constexpr,
     V: tl.constexpr,
     M: tl.constexpr,
     HAS_G: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     DOT: tl.constexpr,
-    TOKEN_SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_C columns of every stream over one of TOKEN_SPLITS spans of tokens."""
+    """BLOCK_C columns of every stream over one of token_splits spans of tokens."""
     column_tiles = tl.cdiv(width, BLOCK_C)
     split = tl.program_id(0) // column_tiles
     c_offs = (tl.program_id(0) % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -95,17 +87,15 @@ def hc_pre_dx(
     m_offs = tl.arange(0, BLOCK_M)
     m_mask = m_offs < M
     depth = N * width
-    phi_mask = m_mask[:, None] & c_mask[None, :]
-    phi_hi = ()
-    phi_lo = ()
+    phi_mask = c_mask[:, None] & m_mask[None, :]
+    phi_offs = m_offs[None, :].to(tl.int64) * depth + c_offs[:, None]
+    phi = ()
     dphi = ()
     for j in tl.static_range(N):
-        phi_offs = m_offs[:, None] * depth + j * width + c_offs[None, :]
-        hi, lo = hc_halves(tl.load(phi_ptr + phi_offs, mask=phi_mask, other=0.0), SPLIT)
-        phi_hi = phi_hi + (hi,)
-        phi_lo = phi_lo + (lo,)
+        phi_tile = tl.load(phi_ptr + phi_offs + j * width, mask=phi_mask, other=0.0)
+        phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
         dphi = dphi + (tl.zeros([BLOCK_C, BLOCK_M], tl.float32),)
-    span = tl.cdiv(tokens, TOKEN_SPLITS * BLOCK_T) * BLOCK_T
+    span = tl.cdiv(tokens, token_splits * BLOCK_T) * BLOCK_T
     start = split * span
     for first in tl.range(start, tl.minimum(start + span, tokens), BLOCK_T, num_stages=STAGES):
         t_offs = first + tl.arange(0, BLOCK_T).to(tl.int64)
@@ -114,7 +104,7 @@ def hc_pre_dx(
         rows = t_offs[:, None] * depth + c_offs[None, :]
         dp_mask = t_mask[:, None] & m_mask[None, :]
         dp = tl.load(dp_ptr + t_offs[:, None] * M + m_offs[None, :], mask=dp_mask, other=0.0)
-        dp_hi, dp_lo = hc_halves(dp, SPLIT)
+        dp_short = hc_round_tf32(dp) if DOT == "tf32" else dp
         dss = 2.0 * tl.load(dss_ptr + t_offs, mask=t_mask, other=0.0)
         du_tiles = ()
         g_tiles = ()
@@ -127,14 +117,8 @@ def hc_pre_dx(
         sums = ()
         for j in tl.static_range(N):
             x_tile = tl.load(x_ptr + rows + j * width, mask=mask, other=0.0)
-            operand = x_tile if SPLIT else x_tile.to(tl.float32)
-            dphi_j = tl.dot(tl.trans(operand), dp_hi, dphi[j], input_precision=DOT)
-            dx = tl.dot(dp_hi, phi_hi[j], input_precision=DOT)
-            if SPLIT:
-                dphi_j = tl.dot(tl.trans(operand), dp_lo, dphi_j)
-                dx = tl.dot(dp_lo, phi_hi[j], dx)
-                dx = tl.dot(dp_hi, phi_lo[j], dx)
-            sums = sums + (dphi_j,)
+            sums = sums + (hc_dphi_step(dphi[j], x_tile, dp, PARTS, DOT),)
+            dx = tl.dot(dp_short, tl.trans(phi[j]), input_precision=DOT)
             dx += dss[:, None] * x_tile.to(tl.float32)
             for v in tl.static_range(V):
                 pre = tl.load(pre_ptr + t_offs * (V * N) + v * N + j, mask=t_mask, other=0.0)
@@ -146,9 +130,9 @@ def hc_pre_dx(
                     dx += res[:, None] * g_tiles[i].to(tl.float32)
             tl.store(dx_ptr + rows + j * width, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dphi = sums
+    slot = part_ptr + (split * M).to(tl.int64) * depth
     for j in tl.static_range(N):
-        offs = (split * M + m_offs[None, :]).to(tl.int64) * depth + j * width + c_offs[:, None]
-        tl.store(part_ptr + offs, dphi[j], mask=c_mask[:, None] & m_mask[None, :])
+        tl.store(slot + phi_offs + j * width, dphi[j], mask=phi_mask)
 
 
 def aggregate_dots(du: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -193,54 +177,60 @@ def pre_dx(
     Args: x [T, n, C], du [T, V, C] or None, g [T, n, C] or None, float; pre [T, V, n],
     phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
-    Moves: 3n + 1.
+    Moves: 3n + 1; 4n + 1 where the sums of dφ do not fit the registers (n > 4, V > 1, M > 32).
     """
     tokens, streams, width = x.shape
-    coefficients = phi.shape[0]
-    tile = pre_dx_tile(streams, width, coefficients, x.dtype)
+    views = 0 if du is None else du.shape[1]
+    du = x if du is None else du
+    pre = dp if pre is None else pre
+    has_g = g is not None
+    g = x if g is None else g
+    res = dp if res is None else res
     dx = torch.empty_like(x)
-    parts = phi.new_empty(tile["TOKEN_SPLITS"], *phi.shape)
+    coefficients = phi.shape[0]
+    if streams > 4 or views > 1 or coefficients > 32:
+        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g)
+        return dx, wide_dphi(x, dp, phi)
+    tile = pre_dx_tile(coefficients, x.dtype)
+    slices = triton.cdiv(width, tile["BLOCK_C"])
+    splits = max(1, 132 // slices)
+    parts = phi.new_empty(splits, *phi.shape)
     launch(
         hc_pre_dx,
-        (triton.cdiv(width, tile["BLOCK_C"]) * tile["TOKEN_SPLITS"],),
+        (slices * splits,),
         x,
-        x if du is None else du,
-        dp if pre is None else pre,
+        du,
+        pre,
         phi,
         dp,
         dss,
-        x if g is None else g,
-        dp if res is None else res,
+        g,
+        res,
         dx,
         parts,
         tokens,
         width,
+        splits,
         N=streams,
-        V=0 if du is None else du.shape[1],
+        V=views,
         M=coefficients,
-        HAS_G=g is not None,
+        HAS_G=has_g,
         **tile,
     )
-    if tile["TOKEN_SPLITS"] == 1:
-        return dx, parts[0]
-    return dx, sum_slots(parts, torch.empty_like(phi))
+    return dx, parts[0] if splits == 1 else sum_slots(parts)
 
 
-def pre_dx_tile(streams: int, width: int, coefficients: int, dtype: torch.dtype) -> dict:
-    """Tile of `pre_dx`, from (n, C, M, dtype) alone."""
-    split = dtype == torch.bfloat16 and not INTERPRETED
-    block_m = max(16, triton.next_power_of_2(coefficients))
-    block_c = 64
-    slices = triton.cdiv(width, block_c)
+def pre_dx_tile(coefficients: int, dtype: torch.dtype) -> dict:
+    """Tile of `pre_dx`: 64 tokens × 64 columns fill the tensor cores at bf16."""
+    half = dtype == torch.bfloat16
     return {
-        "SPLIT": split,
-        "DOT": "ieee" if INTERPRETED else "tf32x3",
-        "TOKEN_SPLITS": max(1, 264 // slices),
-        "BLOCK_T": 64,
-        "BLOCK_M": block_m,
-        "BLOCK_C": block_c,
-        "STAGES": 2,
-        "num_warps": 8,
+        "PARTS": 2 if half and not INTERPRETED else 1,
+        "DOT": "tf32" if half else "tf32x3",
+        "BLOCK_T": 64 if half else 16,
+        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),
+        "BLOCK_C": 64 if half else 32,
+        "STAGES": 3 if half else 2,
+        "num_warps": 8 if half else 4,
     }
 
 
@@ -251,6 +241,6 @@ def project_backward(
 
     Args: dp [T, M], dss [T], phi [M, n·C] fp32, x [T, n, C] float.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
-    Moves: 2n.
+    Moves: 2n (3n where `pre_dx` moves 4n + 1).
     """
     return pre_dx(x, None, None, phi, dp, dss)

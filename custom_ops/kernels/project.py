@@ -35,8 +35,7 @@ def hc_project(
     x_ptr,
     hi_ptr,
     lo_ptr,
-    p_ptr,
-    ss_ptr,
+    part_ptr,
     tokens,
     depth,
     M: tl.constexpr,
@@ -74,37 +73,56 @@ def hc_project(
             total = tl.dot(operand, lo, total, input_precision=DOT)
         x_wide = x_tile.to(tl.float32)
         squares += tl.sum(x_wide * x_wide, axis=1)
-    slot = split * tokens.to(tl.int64) + token_offs
-    p_mask = token_mask[:, None] & m_mask[None, :]
-    tl.store(p_ptr + slot[:, None] * M + m_offs[None, :], total, mask=p_mask)
-    tl.store(ss_ptr + slot, squares, mask=token_mask & (tl.program_id(1) == 0))
+    slot = part_ptr + (split * tokens.to(tl.int64) + token_offs) * (M + 1)
+    part_mask = token_mask[:, None] & m_mask[None, :]
+    tl.store(slot[:, None] + m_offs[None, :], total, mask=part_mask)
+    tl.store(slot + M, squares, mask=token_mask & (tl.program_id(1) == 0))
 
 
-@triton.jit(do_not_specialize=["total"])
-def hc_project_sum(part_ptr, out_ptr, total, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["total", "splits"])
+def hc_sum_slots(part_ptr, out_ptr, total, splits, BLOCK: tl.constexpr):
     """out = Σ_s part_s in ascending s."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
     stride = total.to(tl.int64)
-    value = tl.load(part_ptr + offs, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    value = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
         value += tl.load(part_ptr + split * stride + offs, mask=mask, other=0.0)
     tl.store(out_ptr + offs, value, mask=mask)
 
 
-def sum_slots(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = Σ_s parts_s, in a fixed order."""
+@triton.jit(do_not_specialize=["tokens"])
+def hc_project_sum(
+    part_ptr,
+    p_ptr,
+    ss_ptr,
+    tokens,
+    M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """p and ss of BLOCK_T tokens from their slots [SPLITS, T, M + 1], in ascending order."""
+    token_offs = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_offs = tl.arange(0, BLOCK_M)
+    token_mask = token_offs < tokens
+    mask = token_mask[:, None] & (m_offs <= M)[None, :]
+    value = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
+    for split in tl.static_range(SPLITS):
+        rows = (split * tokens.to(tl.int64) + token_offs) * (M + 1)
+        value += tl.load(part_ptr + rows[:, None] + m_offs[None, :], mask=mask, other=0.0)
+    p_offs = token_offs[:, None] * M + m_offs[None, :]
+    tl.store(p_ptr + p_offs, value, mask=token_mask[:, None] & (m_offs < M)[None, :])
+    ss_ptrs = ss_ptr + token_offs[:, None] + m_offs[None, :] * 0
+    tl.store(ss_ptrs, value, mask=token_mask[:, None] & (m_offs == M)[None, :])
+
+
+def sum_slots(parts: torch.Tensor) -> torch.Tensor:
+    """Σ_s parts_s, in a fixed order."""
+    out = torch.empty_like(parts[0])
     total = out.numel()
-    launch(
-        hc_project_sum,
-        (triton.cdiv(total, 512),),
-        parts,
-        out,
-        total,
-        SPLITS=parts.shape[0],
-        BLOCK=512,
-        num_warps=4,
-    )
+    grid = (triton.cdiv(total, 512),)
+    launch(hc_sum_slots, grid, parts, out, total, parts.shape[0], BLOCK=512, num_warps=4)
     return out
 
 
@@ -143,32 +161,50 @@ def project(
     tokens = x.shape[0]
     coefficients, depth = phi.shape
     hi, lo, halves, dot = project_operands(phi, x.dtype, precision)
-    block_m = min(COEFFICIENT_TILE, max(16, triton.next_power_of_2(coefficients)))
-    wide = hi.dtype == torch.float32
-    block_t, block_k = 64 if wide or block_m > 64 else 128, 32 if wide else 64
+    tile = project_tile(coefficients, hi.dtype)
     splits = max(1, min(8, depth // 2048))
-    p = x.new_empty(splits, tokens, coefficients, dtype=torch.float32)
-    ss = x.new_empty(splits, tokens, dtype=torch.float32)
+    parts = x.new_empty(splits, tokens, coefficients + 1, dtype=torch.float32)
+    token_tiles = triton.cdiv(tokens, tile["BLOCK_T"])
     launch(
         hc_project,
-        (triton.cdiv(tokens, block_t) * splits, triton.cdiv(coefficients, block_m)),
+        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"])),
         x,
         hi,
         lo,
-        p,
-        ss,
+        parts,
         tokens,
         depth,
         M=coefficients,
         HALVES=halves,
         DOT=dot,
         SPLITS=splits,
-        BLOCK_T=block_t,
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        STAGES=3 if wide else 4,
+        **tile,
+    )
+    p = x.new_empty(tokens, coefficients, dtype=torch.float32)
+    ss = x.new_empty(tokens, dtype=torch.float32)
+    launch(
+        hc_project_sum,
+        (triton.cdiv(tokens, 16),),
+        parts,
+        p,
+        ss,
+        tokens,
+        M=coefficients,
+        SPLITS=splits,
+        BLOCK_T=16,
+        BLOCK_M=triton.next_power_of_2(coefficients + 1),
         num_warps=4,
     )
-    if splits == 1:
-        return p[0], ss[0]
-    return sum_slots(p, torch.empty_like(p[0])), sum_slots(ss, torch.empty_like(ss[0]))
+    return p, ss
+
+
+def project_tile(coefficients: int, operand: torch.dtype) -> dict:
+    """Tile of `project`, from M and the type its operands have in the tensor cores."""
+    block_m = min(COEFFICIENT_TILE, max(16, triton.next_power_of_2(coefficients)))
+    if operand == torch.float32:
+        tile = {"BLOCK_T": 64, "BLOCK_K": 32, "STAGES": 3, "num_warps": 4}
+    elif block_m <= 64:
+        tile = {"BLOCK_T": 128, "BLOCK_K": 128, "STAGES": 3, "num_warps": 8}
+    else:
+        tile = {"BLOCK_T": 128, "BLOCK_K": 64, "STAGES": 4, "num_warps": 8}
+    return {"BLOCK_M": block_m, **tile}
