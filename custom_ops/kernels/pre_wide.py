@@ -76,7 +76,7 @@ def hc_pre_dx_wide(
     if HAS_G:
         for i in tl.static_range(N):
             g_tiles = g_tiles + (tl.load(g_ptr + rows + i * width, mask=mask, other=0.0),)
-    for j in tl.static_range(N):
+    for j in range(N):  # not unrolled: at n = 16 that would take half a minute to compile
         x_tile = tl.load(x_ptr + rows + j * width, mask=mask, other=0.0)
         dx = dss[:, None] * x_tile.to(tl.float32)
         for v in tl.static_range(V):
