@@ -39,6 +39,38 @@ def hc_dphi_step(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
     return dphi + product
 
 
+@triton.jit
+def hc_pre_transpose(
+    phi_ptr,
+    out_ptr,
+    depth,
+    M: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out [K, STRIDE] = φᵀ, zero beyond M, rounded to tf32 if that is what the product takes."""
+    k_offs = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m_offs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_mask = k_offs < depth
+    phi_offs = m_offs[:, None].to(tl.int64) * depth + k_offs[None, :]
+    phi = tl.load(phi_ptr + phi_offs, mask=(m_offs < M)[:, None] & k_mask[None, :], other=0.0)
+    if DOT == "tf32":
+        phi = hc_round_tf32(phi)
+    out_offs = k_offs[:, None].to(tl.int64) * STRIDE + m_offs[None, :]
+    mask = k_mask[:, None] & (m_offs < STRIDE)[None, :]
+    tl.store(out_ptr + out_offs, tl.trans(phi), mask=mask)
+
+
+@triton.jit
+def hc_dp_tile(dp_ptr, t_offs, t_mask, m_offs, M: tl.constexpr, DOT: tl.constexpr):
+    """dpᵀ [BLOCK_M, BLOCK_T]: transposed once more by its user it stays in shared memory."""
+    mask = (m_offs < M)[:, None] & t_mask[None, :]
+    dp = tl.load(dp_ptr + t_offs[None, :] * M + m_offs[:, None], mask=mask, other=0.0)
+    return hc_round_tf32(dp) if DOT == "tf32" else dp
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def hc_pre_dx_wide(
     x_ptr,
@@ -55,11 +87,13 @@ def hc_pre_dx_wide(
     N: tl.constexpr,
     V: tl.constexpr,
     M: tl.constexpr,
+    STRIDE: tl.constexpr,
     HAS_G: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx on one tile of BLOCK_T tokens × BLOCK_C columns of every stream."""
     column_tiles = tl.cdiv(width, BLOCK_C)
@@ -69,14 +103,15 @@ def hc_pre_dx_wide(
     t_offs = (tile // column_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = t_offs < tokens
     mask = t_mask[:, None] & c_mask[None, :]
-    depth = N * width
-    rows = t_offs[:, None] * depth + c_offs[None, :]
+    rows = t_offs[:, None] * (N * width) + c_offs[None, :]
     dss = 2.0 * tl.load(dss_ptr + t_offs, mask=t_mask, other=0.0)
     g_tiles = ()
     if HAS_G:
         for i in tl.static_range(N):
             g_tiles = g_tiles + (tl.load(g_ptr + rows + i * width, mask=mask, other=0.0),)
-    for j in range(N):  # not unrolled: at n = 16 that would take half a minute to compile
+    TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    dp = hc_dp_tile(dp_ptr, t_offs, t_mask, tl.arange(0, BLOCK_M), M, DOT)
+    for j in tl.range(0, N, num_stages=STAGES):  # unrolled, n = 16 would compile for minutes
         x_tile = tl.load(x_ptr + rows + j * width, mask=mask, other=0.0)
         dx = dss[:, None] * x_tile.to(tl.float32)
         for v in tl.static_range(V):
@@ -88,18 +123,14 @@ def hc_pre_dx_wide(
             for i in tl.static_range(N):
                 res = tl.load(res_ptr + t_offs * (N * N) + i * N + j, mask=t_mask, other=0.0)
                 dx += res[:, None] * g_tiles[i].to(tl.float32)
-        for first in range(0, M, BLOCK_M):
-            m_offs = first + tl.arange(0, BLOCK_M)
-            m_mask = m_offs < M
-            dp_offs = t_offs[:, None] * M + m_offs[None, :]
-            dp = tl.load(dp_ptr + dp_offs, mask=t_mask[:, None] & m_mask[None, :], other=0.0)
-            phi_offs = m_offs[None, :].to(tl.int64) * depth + j * width + c_offs[:, None]
-            phi_mask = c_mask[:, None] & m_mask[None, :]
+        for m_tile in tl.static_range(TILES):
+            m_offs = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            if TILES > 1:
+                dp = hc_dp_tile(dp_ptr, t_offs, t_mask, m_offs, M, DOT)
+            phi_offs = (j * width + c_offs[:, None]).to(tl.int64) * STRIDE + m_offs[None, :]
+            phi_mask = c_mask[:, None] & (m_offs < STRIDE)[None, :]
             phi = tl.load(phi_ptr + phi_offs, mask=phi_mask, other=0.0)
-            if DOT == "tf32":
-                dp = hc_round_tf32(dp)
-                phi = hc_round_tf32(phi)
-            dx = tl.dot(dp, tl.trans(phi), dx, input_precision=DOT)
+            dx = tl.dot(tl.trans(dp), tl.trans(phi), dx, input_precision=DOT)
         tl.store(dx_ptr + rows + j * width, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -142,17 +173,24 @@ def hc_pre_dphi(
 
 
 def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> None:
-    """dx of `pre_dx` alone, φ read again by every tile of tokens."""
+    """dx of `pre_dx` alone; every tile of tokens reads φᵀ again, from L2."""
     tokens, streams, width = x.shape
-    block_t, block_c = 64, 64 if x.dtype.itemsize == 2 and streams <= 8 else 32
-    tiles = triton.cdiv(tokens, block_t) * triton.cdiv(width, block_c)
+    coefficients, depth = phi.shape
+    dot = "tf32" if x.dtype == torch.bfloat16 else "tf32x3"
+    stride = triton.cdiv(coefficients, 16) * 16
+    turned = phi.new_empty(depth, stride)
+    grid = (triton.cdiv(depth, 64), triton.cdiv(stride, 32))
+    meta = {"M": coefficients, "STRIDE": stride, "DOT": dot}
+    launch(hc_pre_transpose, grid, phi, turned, depth, BLOCK_M=32, BLOCK_K=64, **meta)
+    tile = wide_dx_tile(streams, coefficients, x.dtype)
+    tiles = triton.cdiv(tokens, tile["BLOCK_T"]) * triton.cdiv(width, tile["BLOCK_C"])
     launch(
         hc_pre_dx_wide,
         (tiles,),
         x,
         du,
         pre,
-        phi,
+        turned,
         dp,
         dss,
         g,
@@ -162,14 +200,22 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
         width,
         N=streams,
         V=views,
-        M=phi.shape[0],
         HAS_G=has_g,
-        DOT="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
-        BLOCK_T=block_t,
-        BLOCK_M=32,
-        BLOCK_C=block_c,
-        num_warps=8,
+        **meta,
+        **tile,
     )
+
+
+def wide_dx_tile(streams: int, coefficients: int, dtype: torch.dtype) -> dict:
+    """Tile of `wide_dx`: small enough for two programs a multiprocessor."""
+    half = dtype == torch.bfloat16
+    return {
+        "BLOCK_T": 64,
+        "BLOCK_M": min(128 if half else 32, max(16, triton.next_power_of_2(coefficients))),
+        "BLOCK_C": 32,
+        "STAGES": 2,
+        "num_warps": 4 if half and streams <= 8 else 8,
+    }
 
 
 def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
