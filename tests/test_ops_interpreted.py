@@ -1,0 +1,48 @@
+"""Every op of the catalog with its real Triton kernels, interpreted on CPU tensors."""
+
+import pytest
+import torch
+
+from custom_ops.catalog import CATALOG, ROWS, make_inputs
+from custom_ops.registration import use_triton
+from tests.conftest import cotangents, outputs_and_gradients, worst
+
+pytestmark = pytest.mark.interpreter
+
+CASES = [(row.name, variant) for row in ROWS for variant in row.variants]
+SHAPES = [(3, 4, 33), (5, 3, 7)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_kernels_match_float64(name, variant, shape):
+    row = CATALOG[name]
+    tokens, n, width = shape
+    inputs = make_inputs(row, variant, tokens, n, width, torch.float32)
+    assert use_triton(inputs[0])
+    wide = [t.double() for t in inputs]
+    cots = cotangents(row.reference(variant, *wide))
+    truth = outputs_and_gradients(lambda *t: row.reference(variant, *t), wide, cots)
+    ours = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs, cots)
+    limit = 2e-4 if "newton" in name + variant else 2e-5
+    for a, b in zip(ours[0] + ours[1], truth[0] + truth[1], strict=True):
+        assert a.shape == b.shape and worst(a, b) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "variant"), [c for c in CASES if CATALOG[c[0]].streams][::3])
+def test_kernels_in_sixteen_bits(name, variant, dtype):
+    row = CATALOG[name]
+    inputs = make_inputs(row, variant, 3, 4, 33, dtype)
+    wide = [t.double() for t in inputs]
+    cots = [c.to(dtype) for c in cotangents(row.reference(variant, *wide))]
+    truth = outputs_and_gradients(lambda *t: row.reference(variant, *t), wide, cots)
+    ours = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs, cots)
+    for a, b in zip(ours[0] + ours[1], truth[0] + truth[1], strict=True):
+        assert worst(a, b) < 2e-2
+
+
+def test_opcheck_of_the_opaque_form():
+    row = CATALOG["post"]
+    inputs = [t.requires_grad_() for t in make_inputs(row, "", 3, 3, 5)]
+    torch.library.opcheck(torch.ops.hc.post.default, (*inputs, None))
