@@ -1,4 +1,4 @@
-"""Every op on a CUDA device: against float64, bitwise repeatable, batch-independent, capturable."""
+"""Every op on a CUDA device: against float64, repeatable, batch-independent, capturable."""
 
 import pytest
 import torch
