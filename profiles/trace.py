@@ -22,6 +22,8 @@ BOOKKEEPING = re.compile(
     r"|detach$|\w+Backward\d*$|autograd::|torch::|TorchDynamo|Torch-Compiled|Pregraph|"
     r"AOTDispatcher|CompiledFunction|## |Optimizer|ProfilerStep|\[)"
 )
+# Taken whole: the copies that such an operator makes inside belong to it.
+WHOLE = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_scaled_dot_product\w+)$")
 # First match wins. The names are what Inductor, the vendor libraries and torch print.
 CATEGORIES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("hyper-connection", re.compile(r"^(hc::|_?hc_)")),
@@ -151,6 +153,8 @@ def self_times(events: Iterable[dict]) -> Iterator[tuple[dict, float, bool, str]
             while stack and stack[-1][0]["ts"] + stack[-1][0]["dur"] <= event["ts"]:
                 done, children, leaf, ours = stack.pop()
                 yield done, done["dur"] - children, leaf, ours
+            if stack and WHOLE.match(stack[-1][0]["name"]):
+                continue
             if stack:
                 stack[-1][1] += event["dur"]
                 stack[-1][2] &= bool(BOOKKEEPING.match(event["name"]))
