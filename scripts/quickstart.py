@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 import hc_compile as hc
+from hc_compile.kernels import get_kernel_status
 from hc_compile.models import Transformer, TransformerConfig
 from profiles.capture import capture, named_kernels_on_cpu
 from profiles.trace import Trace
 from scripts import report
 from scripts.machine import describe
 from scripts.text import Corpus, load_corpus
-from scripts.train import add_model_arguments, hyper_config, sample_text
+from scripts.train import add_model_arguments, sample_text
 from scripts.training import Forward, TrainConfig, TrainResult, held_out_loss, train
 
 
@@ -97,13 +98,7 @@ class Outcome:
 
 def ops_status(device: str) -> str:
     """What the custom-op path runs here: "ops, Triton" or "ops, decomposed"."""
-    try:
-        from hc_compile.kernels import get_kernel_status
-    except ImportError:
-        return "ops, decomposed"
-    return (
-        "ops, Triton" if device.startswith("cuda") and get_kernel_status() else "ops, decomposed"
-    )
+    return get_kernel_status()["ops"] if device.startswith("cuda") else "ops, decomposed"
 
 
 def build(size: Size, connection: hc.HCConfig, device: str, seed: int) -> Transformer:
@@ -118,7 +113,7 @@ def build(size: Size, connection: hc.HCConfig, device: str, seed: int) -> Transf
         hc=connection,
         stream_dtype=size.stream_dtype,
     )
-    return Transformer(config).to(device)
+    return Transformer(config, device=device)
 
 
 def cache_hits() -> int:
@@ -183,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     args = parse(argv)
     size: Size = args.size
-    connection = hyper_config(args.preset, args.streams, size.dim)
+    connection = hc.HCConfig(dim=size.dim, streams=args.streams, preset=args.preset)
     corpus = load_corpus(args.text)
     cfg = TrainConfig(size.steps, size.batch, size.length, seed=args.seed, device=args.device)
     machine = describe(args.device)

@@ -36,18 +36,11 @@ def sample_text(model: Transformer, corpus: Corpus, length: int = 200, seed: int
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that the quickstart shares."""
     parser.add_argument("--preset", default="mhc", choices=sorted(hc.PRESETS))
-    parser.add_argument("--streams", type=int, help="default 4; 1 for the residual preset")
+    parser.add_argument("--streams", type=int, help="default: the preset's")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--text", type=Path, help="a file or folder; default: Python's library")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--seed", type=int, default=0)
-
-
-def hyper_config(preset: str, streams: int | None, dim: int) -> hc.HCConfig:
-    """The preset's config; `residual` has one stream, the others four unless said."""
-    return hc.HCConfig(
-        dim=dim, streams=streams or (1 if preset == "residual" else 4), preset=preset
-    )
 
 
 def compiled(model: Transformer, how: str) -> Forward:
@@ -75,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
     )
     torch.manual_seed(cfg.seed)
-    connection = hyper_config(args.preset, args.streams, args.dim)
+    connection = hc.HCConfig(dim=args.dim, streams=args.streams, preset=args.preset)
     if args.compile == "plain":
         connection = replace(connection, implementation="plain")
     model = Transformer(

@@ -133,10 +133,17 @@ def swiglu(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned weight [C], initially ones."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
@@ -146,13 +153,20 @@ class RMSNorm(nn.Module):
 class CausalAttention(nn.Module):
     """`causal_attention` with its weights; `w_out` is the branch's output projection."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads must divide dim = {dim}, got {heads}")
         self.heads = heads
-        self.w_qkv = nn.Parameter(torch.empty(3 * dim, dim))
-        self.w_out = nn.Parameter(torch.empty(dim, dim))
+        self.w_qkv = nn.Parameter(torch.empty(3 * dim, dim, device=device, dtype=dtype))
+        self.w_out = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, C], tables [S, D/2] -> [B, S, C]."""
@@ -162,12 +176,19 @@ class CausalAttention(nn.Module):
 class SwiGLU(nn.Module):
     """`swiglu` with its weights; `w_out` is the branch's output projection."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         if hidden < 1:
             raise ValueError(f"hidden must be at least 1, got {hidden}")
-        self.w_gate_up = nn.Parameter(torch.empty(2 * hidden, dim))
-        self.w_out = nn.Parameter(torch.empty(dim, hidden))
+        self.w_gate_up = nn.Parameter(torch.empty(2 * hidden, dim, device=device, dtype=dtype))
+        self.w_out = nn.Parameter(torch.empty(dim, hidden, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""

@@ -2,9 +2,10 @@
 
 Legend: B batch, S positions, C hidden size of one stream (`dim`), n streams, V vocabulary.
 
-    tokens ─ embed ─ expand ─┬─ hc_attn ─ norm ─ attention ─┬─ hc_mlp ─ norm ─ SwiGLU ─┬─ … ─ reduce ─ norm ─ head
-             [B,S,C]  [B,S,n,C]        (layer_index 2k)              (layer_index 2k+1)      [B,S,C]
-"""  # noqa: E501
+    tokens [B,S] ─ embed ─ expand ─ [B,S,n,C] ─ block 0 … block L−1 ─ reduce ─ norm ─ head [B,S,V]
+    block k:  x ─ hc_attn (layer_index 2k) ─ norm ─ attention ─ x′
+              x′ ─ hc_mlp (layer_index 2k + 1) ─ norm ─ SwiGLU ─ x″
+"""
 
 from __future__ import annotations
 
@@ -71,14 +72,21 @@ class TransformerConfig:
 class Block(nn.Module):
     """Attention and MLP, each a pre-norm branch between the streams of a hyper-connection."""
 
-    def __init__(self, cfg: TransformerConfig, index: int) -> None:
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        index: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.hc_attn = HyperConnection(cfg.hc, layer_index=2 * index)
-        self.attn_norm = RMSNorm(cfg.dim)
-        self.attn = CausalAttention(cfg.dim, cfg.heads)
-        self.hc_mlp = HyperConnection(cfg.hc, layer_index=2 * index + 1)
-        self.mlp_norm = RMSNorm(cfg.dim)
-        self.mlp = SwiGLU(cfg.dim, cfg.ffn_dim)
+        self.hc_attn = HyperConnection(cfg.hc, 2 * index, device=device, dtype=dtype)
+        self.attn_norm = RMSNorm(cfg.dim, device=device, dtype=dtype)
+        self.attn = CausalAttention(cfg.dim, cfg.heads, device=device, dtype=dtype)
+        self.hc_mlp = HyperConnection(cfg.hc, 2 * index + 1, device=device, dtype=dtype)
+        self.mlp_norm = RMSNorm(cfg.dim, device=device, dtype=dtype)
+        self.mlp = SwiGLU(cfg.dim, cfg.ffn_dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, n, C], tables [S, D/2] -> x' [B, S, n, C]."""
@@ -91,33 +99,54 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Byte- or token-level language model over hyper-connected streams.
 
-    The state of a model and of its plain residual twin (`HCConfig(dim, streams=1,
-    preset="residual")`) share every name outside the `hc_*`, `expand` and `reduce` submodules.
+    The state of a model and of its plain residual twin (`HCConfig(dim, preset="residual")`) share
+    every name outside the `hc_*`, `expand` and `reduce` submodules.
+
+    Args:
+        cfg: sizes and hyper-connection.
+        device: of parameters and tables.
+        dtype: of all parameters and tables, float32 or (for reference runs) float64; streams in
+            bf16 are `cfg.stream_dtype`.
+    Raises:
+        ValueError: when dtype is neither.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, cfg: TransformerConfig) -> None:
+    def __init__(
+        self,
+        cfg: TransformerConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
-        self.expand = StreamExpand(cfg.hc)
-        self.blocks = nn.ModuleList(Block(cfg, index) for index in range(cfg.layers))
-        self.reduce = StreamReduce(cfg.hc)
-        self.norm = RMSNorm(cfg.dim)
-        self.head = (
-            None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim))
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.dim, device=device, dtype=dtype)
+        self.expand = StreamExpand(cfg.hc, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            Block(cfg, index, device=device, dtype=dtype) for index in range(cfg.layers)
         )
-        cos, sin = rope_tables(cfg.max_seq_len, cfg.dim // cfg.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.reduce = StreamReduce(cfg.hc, device=device, dtype=dtype)
+        self.norm = RMSNorm(cfg.dim, device=device, dtype=dtype)
+        self.head = (
+            None
+            if cfg.tie_embeddings
+            else nn.Parameter(torch.empty(cfg.vocab_size, cfg.dim, device=device, dtype=dtype))
+        )
+        cos, sin = rope_tables(cfg.max_seq_len, cfg.dim // cfg.heads, dtype=dtype)
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw embedding, head and branch weights; hyper-connections keep their own init."""
-        std = self.cfg.init_std
-        out_std = std * (self.cfg.hc.streams**0.5 if self.cfg.scale_output_init else 1.0)
+        std, streams = self.cfg.init_std, self.cfg.hc.streams
+        assert streams is not None
+        out_std = std * (streams**0.5 if self.cfg.scale_output_init else 1.0)
         nn.init.normal_(self.embed.weight, std=std)
         if self.head is not None:
             nn.init.normal_(self.head, std=std)

@@ -11,29 +11,33 @@ from hc_compile.models import Transformer, TransformerConfig
 SMALL = dict(vocab_size=37, dim=16, layers=2, heads=2, ffn_dim=24, max_seq_len=12)
 
 
-def make(preset="mhc", streams=4, seed=0, **options):
+def make(preset="mhc", seed=0, dtype=torch.float32, implementation="ops", **options):
     torch.manual_seed(seed)
-    streams = 1 if preset == "residual" else streams
-    cfg = hc.HCConfig(dim=16, streams=streams, preset=preset)
-    return Transformer(TransformerConfig(**{**SMALL, **options}, hc=cfg))
+    cfg = hc.HCConfig(dim=16, preset=preset, implementation=implementation)
+    return Transformer(TransformerConfig(**{**SMALL, **options}, hc=cfg), dtype=dtype)
 
 
 def tokens(rows=2, length=9, seed=0):
     return torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_equals_its_residual_twin_at_init():
-    model = make().double()
-    twin = make("residual").double()
+TWINS = [name for name, row in hc.PRESETS.items() if row.equals_residual]
+
+
+@pytest.mark.parametrize("implementation", ["ops", "plain"])
+@pytest.mark.parametrize("preset", TWINS)
+def test_equals_its_residual_twin_at_init(preset, implementation):
+    model = make(preset, dtype=torch.float64, implementation=implementation)
+    twin = make("residual", dtype=torch.float64)
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     assert not missing
-    assert all(name.split(".")[-2].startswith("hc_") or ".hc_" in name for name in unexpected)
+    assert all(".hc_" in name for name in unexpected)
     inputs = tokens()
     torch.testing.assert_close(model(inputs), twin(inputs), rtol=0, atol=1e-12)
 
 
 def test_leaves_its_twin_once_the_connections_move():
-    model, inputs = make().double(), tokens()
+    model, inputs = make(dtype=torch.float64), tokens()
     before = model(inputs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,9 +46,9 @@ def test_leaves_its_twin_once_the_connections_move():
     assert (model(inputs) - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("preset", ["residual", "mhc"])
+@pytest.mark.parametrize("preset", list(hc.PRESETS))
 def test_a_token_changes_nothing_before_it(preset):
-    model, inputs = make(preset).double(), tokens()
+    model, inputs = make(preset, dtype=torch.float64), tokens()
     changed = inputs.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 37
     out, other = model(inputs), model(changed)
@@ -52,8 +56,9 @@ def test_a_token_changes_nothing_before_it(preset):
     assert ((out - other)[:, 5:].abs().amax(-1) > 0).all()
 
 
-def test_every_parameter_learns_within_three_steps():
-    model = make()
+@pytest.mark.parametrize("preset", list(hc.PRESETS))
+def test_every_parameter_learns_within_three_steps(preset):
+    model = make(preset)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen: dict[str, float] = dict.fromkeys(dict(model.named_parameters()), 0.0)
     for step in range(3):
