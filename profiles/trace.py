@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,15 +74,13 @@ class Trace:
 
     def by_category(self) -> dict[str, tuple[float, float]]:
         """Category -> (calls, microseconds) per step, most time first."""
-        calls: Counter[str] = Counter()
-        micros: Counter[str] = Counter()
+        calls: dict[str, int] = {}
+        micros: dict[str, float] = {}
         for kernel in self.kernels.values():
-            calls[kernel.category] += kernel.calls
-            micros[kernel.category] += kernel.micros
-        return {
-            name: (calls[name] / self.steps, time / self.steps)
-            for name, time in micros.most_common()
-        }
+            calls[kernel.category] = calls.get(kernel.category, 0) + kernel.calls
+            micros[kernel.category] = micros.get(kernel.category, 0.0) + kernel.micros
+        order = sorted(micros, key=lambda name: -micros[name])
+        return {name: (calls[name] / self.steps, micros[name] / self.steps) for name in order}
 
     def to_json(self) -> dict:
         """The trace as plain data, kernels in order of time."""

@@ -98,8 +98,8 @@ def show(data: dict[str, Any], traces: Mapping[str, Trace]) -> None:
         f"step ms: median after warm-up. Peak: {data['memory_method']}.\n"
         f"Δloss: over the whole curve; Δlogits: first step; both from {first}."
     )
-    if data["size"]["layers"] > 2 and "compiled" in data["paths"]:
-        print("compiled: block by block (one compilation serves all blocks).")
+    if "compiled" in data["paths"]:
+        print("compiled: block by block, one compilation serves all; custom-op: the whole model.")
     print(f"\nWhat a step launches\n{compare_report(traces, top=3)}")
     losses = ", ".join(f"{n} {p['held_out_loss']:.4f}" for n, p in data["paths"].items())
     print(f"\nHeld-out loss: {losses}")
