@@ -28,7 +28,7 @@ from profiles.trace import Trace
 from scripts import report
 from scripts.machine import describe
 from scripts.text import Corpus, load_corpus
-from scripts.train import add_model_arguments, sample_text
+from scripts.train import add_model_arguments, connection_config, sample_text
 from scripts.training import Forward, TrainConfig, TrainResult, held_out_loss, train
 
 
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     args = parse(argv)
     size: Size = args.size
-    connection = hc.HCConfig(dim=size.dim, streams=args.streams, preset=args.preset)
+    connection = connection_config(args, size.dim)
     corpus = load_corpus(args.text)
     cfg = TrainConfig(size.steps, size.batch, size.length, seed=args.seed, device=args.device)
     machine = describe(args.device)

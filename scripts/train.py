@@ -37,10 +37,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that the quickstart shares."""
     parser.add_argument("--preset", default="mhc", choices=sorted(hc.PRESETS))
     parser.add_argument("--streams", type=int, help="default: the preset's")
+    parser.add_argument("--iterations", type=int, help="of Sinkhorn; default: the preset's")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--text", type=Path, help="a file or folder; default: Python's library")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def connection_config(args: argparse.Namespace, dim: int) -> hc.HCConfig:
+    """The hyper-connection that the options name."""
+    return hc.HCConfig(dim, args.streams, args.preset, iterations=args.iterations)
 
 
 def compiled(model: Transformer, how: str) -> Forward:
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         device=device,
     )
     torch.manual_seed(cfg.seed)
-    connection = hc.HCConfig(dim=args.dim, streams=args.streams, preset=args.preset)
+    connection = connection_config(args, args.dim)
     if args.compile == "plain":
         connection = replace(connection, implementation="plain")
     model = Transformer(
