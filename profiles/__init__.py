@@ -1,0 +1,1 @@
+"""Capture traces of training steps and compare the kernels they launched."""

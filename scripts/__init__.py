@@ -1,0 +1,1 @@
+"""What a person runs: `python -m scripts.quickstart`, `python -m scripts.train`."""

@@ -1,0 +1,44 @@
+"""The README's before and after run as they stand, and its preset table is complete."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import hc_compile as hc
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def run_block(number):
+    """The Block class of one of the README's Python blocks, and its names."""
+    names = {"nn": nn}
+    exec(re.findall(r"```python\n(.*?)```", README, re.S)[number], names)
+    return names
+
+
+def parts(block):
+    """Give a block its two branches and norms."""
+    torch.manual_seed(0)
+    block.norm1, block.norm2 = nn.LayerNorm(512), nn.LayerNorm(512)
+    block.attn, block.mlp = nn.Linear(512, 512), nn.Linear(512, 512)
+    return block
+
+
+def test_after_equals_before_at_init():
+    before, names = parts(run_block(0)["Block"]()), run_block(1)
+    after, cfg = parts(names["Block"]()), names["cfg"]
+    after.hc1 = hc.HyperConnection(cfg, layer_index=0)
+    after.hc2 = hc.HyperConnection(cfg, layer_index=1)
+    h = torch.randn(2, 3, 512)
+    out = hc.reduce_streams(after(hc.expand_streams(h, cfg)), cfg)
+    torch.testing.assert_close(out, before(h), rtol=1e-5, atol=1e-5)
+
+
+def test_preset_table_lists_every_preset():
+    rows = re.findall(r"^\| ((?:`[\w.-]+`(?:, )?)+) \|.*\| ([^|]+) \|$", README, re.M)
+    listed = {name: end for names, end in rows for name in re.findall(r"`([\w.-]+)`", names)}
+    assert list(listed) == list(hc.PRESETS)
+    for name, row in hc.PRESETS.items():
+        assert row.equals_residual == (not listed[name].startswith("no")), name
