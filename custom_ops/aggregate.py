@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from custom_ops import reference
-from custom_ops.registration import compute_dtype, define, double_backward, flat, use_triton
+from custom_ops.registration import (
+    compute_dtype,
+    define,
+    double_backward,
+    flat,
+    total,
+    use_triton,
+)
 
 
 def has_views(x: Tensor, pre: Tensor) -> bool:
@@ -40,7 +47,7 @@ def forward(x: Tensor, pre: Tensor) -> Tensor:
     wide, weights = x.to(dtype), weights.to(dtype)
     u = torch.stack(
         [
-            sum(weights[..., v, i, None] * wide[..., i, :] for i in range(x.shape[-2]))
+            total(weights[..., v, i, None] * wide[..., i, :] for i in range(x.shape[-2]))
             for v in range(weights.shape[-2])
         ],
         -2,
@@ -73,7 +80,7 @@ def dots(du: Tensor, x: Tensor) -> Tensor:
 def into_streams(du: Tensor, pre: Tensor) -> Tensor:
     """Σ_v pre_vi du_v: [..., n, C]."""
     parts = [pre[..., v, :, None] * du[..., v, None, :] for v in range(du.shape[-2])]
-    return sum(parts[1:], parts[0])
+    return total(parts)
 
 
 def _fake(x, pre):

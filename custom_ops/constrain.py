@@ -183,6 +183,11 @@ def hidden_of(p: Tensor, ss: Tensor, width: int, c: Constraint) -> Tensor:
     return by_kind(torch.tanh(hidden) if c.squash == "tanh" else hidden, c)
 
 
+def fresh(t: Tensor) -> Tensor:
+    """A contiguous copy: an op's outputs may not be views of each other."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def forward(
     p: Tensor, ss: Tensor, alpha: Tensor, bias: Tensor, width: int, spec: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,18 +204,21 @@ def forward(
         dtype = compute_dtype(p, alpha, bias)
         hidden = hidden_of(flat(p, keep).to(dtype), flat(ss, keep - 1).to(dtype), width, c)
         parts = from_logits(gains(alpha.to(dtype), c) * hidden + bias.to(dtype), c)
-        parts = tuple(t.clone(memory_format=torch.contiguous_format) for t in parts)
-    shapes = token_shapes(c)
-    return tuple(t.reshape(*lead, *s) for t, s in zip(parts, shapes, strict=True))
+        parts = [fresh(t) for t in parts]
+    pre, post, res = parts
+    shapes = [(*lead, *own) for own in token_shapes(c)]
+    return pre.reshape(shapes[0]), post.reshape(shapes[1]), res.reshape(shapes[2])
 
 
 def static_forward(bias: Tensor, c: Constraint) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of a static constraint, without a token axis."""
     bias = bias.to(compute_dtype(bias))
-    parts = from_logits(bias.unsqueeze(0), c)
-    return tuple(
-        t.reshape(s).clone(memory_format=torch.contiguous_format)
-        for t, s in zip(parts, token_shapes(c), strict=True)
+    pre, post, res = from_logits(bias.unsqueeze(0), c)
+    shapes = token_shapes(c)
+    return (
+        fresh(pre.reshape(shapes[0])),
+        fresh(post.reshape(shapes[1])),
+        fresh(res.reshape(shapes[2])),
     )
 
 
@@ -219,7 +227,8 @@ def static_backward(
 ) -> Tensor:
     """Gradient of `static_forward`."""
     wide = bias.to(compute_dtype(bias))
-    grads = (g.reshape(1, *s) for g, s in zip((dpre, dpost, dres), token_shapes(c), strict=True))
+    pre, post, res = token_shapes(c)
+    grads = dpre.reshape(1, *pre), dpost.reshape(1, *post), dres.reshape(1, *res)
     return from_logits_backward(*grads, wide.unsqueeze(0), c)[0].to(bias.dtype)
 
 
@@ -263,8 +272,9 @@ def _torch_backward(dpre, dpost, dres, p, ss, alpha, bias, width, c):
     p, ss = flat(p, keep).to(dtype), flat(ss, keep - 1).to(dtype)
     gain = gains(alpha.to(dtype), c)
     hidden = hidden_of(p, ss, width, c)
-    grads = (flat(g, g.dim() - (dres.dim() - 2)).to(dtype) for g in (dpre, dpost, dres))
-    dz = from_logits_backward(*grads, gain * hidden + bias.to(dtype), c)
+    lead = dres.dim() - 2
+    dpre, dpost, dres = (flat(g, g.dim() - lead).to(dtype) for g in (dpre, dpost, dres))
+    dz = from_logits_backward(dpre, dpost, dres, gain * hidden + bias.to(dtype), c)
     parts = (dz * hidden).sum(0).split(list(c.sizes))
     dalpha = torch.stack([part.sum() for part in parts])
     dhidden = dz * gain
@@ -306,7 +316,8 @@ def _autograd(ctx, dpre, dpost, dres):
 
 
 def _reference(prims, rest):
-    return list(reference.constrain(*prims, rest[0], parse(rest[1])))
+    p, ss, alpha, bias = prims
+    return list(reference.constrain(p, ss, alpha, bias, rest[0], parse(rest[1])))
 
 
 constrain.register_autograd(_autograd, setup_context=_setup_context)

@@ -12,13 +12,20 @@ from torch import Tensor
 
 from custom_ops import reference
 from custom_ops.aggregate import over_tokens, per_token
-from custom_ops.registration import compute_dtype, define, double_backward, flat, use_triton
+from custom_ops.registration import (
+    compute_dtype,
+    define,
+    double_backward,
+    flat,
+    total,
+    use_triton,
+)
 
 
 def mix(res: Tensor, x: Tensor) -> Tensor:
     """Σ_j res_ij x_j in the dtype of the arguments, written out for Inductor to fuse."""
     rows = [
-        sum(res[..., i, j, None] * x[..., j, :] for j in range(x.shape[-2]))
+        total(res[..., i, j, None] * x[..., j, :] for j in range(x.shape[-2]))
         for i in range(x.shape[-2])
     ]
     return torch.stack(rows, -2)
@@ -70,9 +77,8 @@ def backward(
         dres = dres.reshape(res_all.shape)
     else:
         dtype = compute_dtype(x, post, res)
-        dx, dy, dpost, dres = gradients(
-            *(t.to(dtype) for t in (g, x, y_all, post_all, res_all)), need_dx
-        )
+        wide = [t.to(dtype) for t in (g, x, y_all, post_all, res_all)]
+        dx, dy, dpost, dres = gradients(wide[0], wide[1], wide[2], wide[3], wide[4], need_dx)
         dx, dy = dx.to(x.dtype), dy.to(y.dtype)
     if y.dim() < x.dim():
         dy, dpost = dy.squeeze(-2), dpost.squeeze(-2)
@@ -86,7 +92,7 @@ def gradients(
     dx = mix(res.mT, g) if need_dx else x.new_empty(0)
     branches, streams = range(y.shape[-2]), range(x.shape[-2])
     dy = torch.stack(
-        [sum(post[..., w, i, None] * g[..., i, :] for i in streams) for w in branches], -2
+        [total(post[..., w, i, None] * g[..., i, :] for i in streams) for w in branches], -2
     )
     dpost = torch.stack([(g * y[..., w, None, :]).sum(-1) for w in branches], -2)
     dres = torch.stack([(g * x[..., j, None, :]).sum(-1) for j in streams], -1)

@@ -25,8 +25,8 @@ def forward(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams = post_op.forward(x, y, post, res)
-    u, *coefficients, p, ss, _ = pre_op.forward(streams, phi, alpha, bias, spec)
-    return streams, u, *coefficients, p, ss
+    u, next_pre, next_post, next_res, p, ss, _ = pre_op.forward(streams, phi, alpha, bias, spec)
+    return streams, u, next_pre, next_post, next_res, p, ss
 
 
 def backward(
@@ -96,9 +96,11 @@ def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss):
 
 
 post_pre.register_autograd(_autograd, setup_context=_setup_context)
-double_backward(
-    post_pre_backward,
-    5,
-    7,
-    lambda prims, rest: list(reference.post_pre(*prims, parse(rest[-1]))),
-)
+
+
+def _reference(prims, rest):
+    x, y, post, res, phi, alpha, bias = prims
+    return list(reference.post_pre(x, y, post, res, phi, alpha, bias, parse(rest[-1])))
+
+
+double_backward(post_pre_backward, 5, 7, _reference)

@@ -182,7 +182,8 @@ def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
 
 
 def _reference(prims, rest):
-    return [*reference.pre(*prims, parse(rest[-1])), None]
+    x, phi, alpha, bias = prims
+    return [*reference.pre(x, phi, alpha, bias, parse(rest[-1])), None]
 
 
 pre.register_autograd(_autograd, setup_context=_setup_context)

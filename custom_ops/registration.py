@@ -6,7 +6,9 @@ under TRITON_INTERPRET=1 the same body becomes an opaque `custom_op`.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
@@ -120,6 +122,6 @@ def flat(t: Tensor, keep: int) -> Tensor:
     return t.reshape(-1, *t.shape[t.dim() - keep :]).contiguous()
 
 
-def zeros_for(cotangents: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """The cotangents with zeros where autograd had none."""
-    return [torch.zeros_like(o) if c is None else c for c, o in zip(cotangents, like, strict=True)]
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The terms added left to right."""
+    return reduce(add, terms)

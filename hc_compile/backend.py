@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
 from hc_compile.passes import PassPipeline
@@ -19,7 +20,7 @@ def hc_inductor(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-) -> Callable:
+) -> Any:
     """Compile with Inductor, hc:: passes first; a user's `pre_grad_custom_pass` runs after ours.
 
     Args:
@@ -28,7 +29,7 @@ def hc_inductor(
         options: Inductor options, as torch.compile's.
     """
     options = dict(options or {})
-    then = options.pop("pre_grad_custom_pass", torch._inductor.config.pre_grad_custom_pass)
+    then = options.pop("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
     options["pre_grad_custom_pass"] = PassPipeline(then=then)
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)
     return inductor(graph_module, example_inputs)

@@ -1,6 +1,7 @@
 """HCConfig: the one record that says which hyper-connection a model has."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from custom_ops.constraint import Constraint, check_count
 from hc_compile.presets import PRESETS, Preset
@@ -51,7 +52,7 @@ class HCConfig:
         _choice("reduce", reduce, REDUCTIONS)
         _choice("expand", self.expand, EXPANSIONS)
         _choice("implementation", self.implementation, IMPLEMENTATIONS)
-        changes = {"streams": streams} | row.constraint
+        changes: dict[str, Any] = {"streams": streams} | row.constraint
         if self.iterations is not None:
             check_count("iterations", self.iterations, least=0)
             changes["iterations"] = self.iterations
@@ -61,6 +62,11 @@ class HCConfig:
         object.__setattr__(self, "reduce", reduce)
         object.__setattr__(self, "row", row)
         object.__setattr__(self, "constraint", Constraint(**changes))
+
+    @property
+    def n(self) -> int:
+        """Number of streams, resolved."""
+        return self.constraint.streams
 
     def _row(self) -> Preset:
         if isinstance(self.preset, Preset):

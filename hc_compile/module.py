@@ -48,11 +48,11 @@ class HyperConnection(nn.Module):
         self.layer_index = layer_index
         self.branch = branch
         self.coefficients = (
-            CoefficientParameters(cfg, layer_index, device, dtype) if cfg.streams > 1 else None
+            CoefficientParameters(cfg, layer_index, device, dtype) if cfg.n > 1 else None
         )
 
     def extra_repr(self) -> str:
-        return f"dim={self.cfg.dim}, streams={self.cfg.streams}, preset={self.cfg.row.name!r}"
+        return f"dim={self.cfg.dim}, streams={self.cfg.n}, preset={self.cfg.row.name!r}"
 
     def forward(self, x: Tensor | StreamState, *args: Any, **kwargs: Any) -> Any:
         """Read the streams, and with a branch run it and write them.
@@ -78,15 +78,16 @@ class HyperConnection(nn.Module):
     def _read(self, x: Tensor | StreamState) -> tuple[Tensor, Callable]:
         lazy = isinstance(x, StreamState)
         state = x if isinstance(x, StreamState) else StreamState(x)
-        require_streams(state.x, self.cfg.streams, self.cfg.dim)
+        require_streams(state.x, self.cfg.n, self.cfg.dim)
         if self.coefficients is None:
             streams = resolve(state)
             write = _add_lazily if lazy else _add_to_one
             return streams.squeeze(-2), partial(write, streams)
         plain = self.cfg.implementation == "plain"
-        parameters = (*self.coefficients(), self.cfg.constraint)
+        phi, alpha, bias = self.coefficients()
+        parameters = (phi, alpha, bias, self.cfg.constraint)
         if plain:
-            require_device(state.x, phi=parameters[0], alpha=parameters[1], bias=parameters[2])
+            require_device(state.x, phi=phi, alpha=alpha, bias=bias)
         ops = reference if plain else functional
         ghost = None
         if state.pending is not None:
@@ -162,7 +163,7 @@ def _repeat(h: Tensor, cfg: HCConfig) -> Tensor:
     require_float("h", h)
     if h.dim() < 1 or h.shape[-1] != cfg.dim:
         raise ValueError(f"h must be [..., C] = [..., {cfg.dim}], got {list(h.shape)}")
-    return h.unsqueeze(-2).expand(*h.shape[:-1], cfg.streams, cfg.dim).contiguous()
+    return h.unsqueeze(-2).expand(*h.shape[:-1], cfg.n, cfg.dim).contiguous()
 
 
 def reduce_streams(x: Tensor | StreamState, cfg: HCConfig) -> Tensor:
@@ -170,11 +171,11 @@ def reduce_streams(x: Tensor | StreamState, cfg: HCConfig) -> Tensor:
 
     Raises: ValueError if the configuration needs parameters (use StreamReduce).
     """
-    if cfg.reduce == "head" and cfg.streams != 1:
+    if cfg.reduce == "head" and cfg.n != 1:
         raise ValueError("cfg.reduce must be 'mean' or 'sum' (or use StreamReduce), got 'head'")
     x = resolve(x)
-    require_streams(x, cfg.streams, cfg.dim)
-    if cfg.streams == 1:
+    require_streams(x, cfg.n, cfg.dim)
+    if cfg.n == 1:
         return x.squeeze(-2)
     wide = x.to(reference.compute_dtype(x))
     total = wide.sum(-2) if cfg.reduce == "sum" else wide.mean(-2)
@@ -193,7 +194,7 @@ class StreamExpand(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
-        learned = cfg.expand == "embedding" and cfg.streams > 1
+        learned = cfg.expand == "embedding" and cfg.n > 1
         self.embedding = StreamEmbedding(cfg, device, dtype) if learned else None
 
     def forward(self, h: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class StreamReduce(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
-        learned = cfg.reduce == "head" and cfg.streams > 1
+        learned = cfg.reduce == "head" and cfg.n > 1
         self.head = HeadParameters(cfg, device, dtype) if learned else None
         self.constraint = cfg.head_constraint()
 
@@ -226,6 +227,7 @@ class StreamReduce(nn.Module):
         if self.head is None:
             return reduce_streams(x, self.cfg)
         x = resolve(x)
-        require_streams(x, self.cfg.streams, self.cfg.dim)
+        require_streams(x, self.cfg.n, self.cfg.dim)
         ops = reference if self.cfg.implementation == "plain" else functional
-        return ops.pre(x, *self.head(), self.constraint)[0]
+        phi, alpha, bias = self.head()
+        return ops.pre(x, phi, alpha, bias, self.constraint)[0]

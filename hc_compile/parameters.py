@@ -57,8 +57,7 @@ class StreamEmbedding(nn.Module):
 
     def __init__(self, cfg: HCConfig, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()
-        assert cfg.streams is not None
-        self.weight = nn.Parameter(torch.zeros(cfg.streams, cfg.dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(cfg.n, cfg.dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.weight.to(x.dtype)
