@@ -70,7 +70,7 @@ class Size:
     stream_dtype: torch.dtype | None
 
 
-CPU_SIZE = Size(128, 2, 4, length=128, batch=8, steps=120, stream_dtype=None)
+CPU_SIZE = Size(128, 2, 4, length=128, batch=8, steps=100, stream_dtype=None)
 GPU_SIZE = Size(512, 6, 8, length=512, batch=32, steps=300, stream_dtype=torch.bfloat16)
 
 
