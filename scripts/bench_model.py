@@ -1,0 +1,135 @@
+"""Time a training step of a dense transformer trunk against its plain residual twin.
+
+    python -m scripts.bench_model [--quick] [--width C ...] [--json PATH] [--plot PATH]
+    python -m scripts.bench_model --render PATH   # the README's table from a recorded run
+
+All ways run in one process and take turns; the step is forward and backward with gradients of the
+input and of all weights. The last line of stdout is the run as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from profiles import tables
+from profiles.capture import capture
+from profiles.dense_net import (
+    PER_PASS,
+    WAYS,
+    ModelWay,
+    Net,
+    interleaved_ms,
+    prepare,
+    summary,
+    warm_compiler,
+)
+from scripts.bench_ops import note
+from scripts.machine import describe
+
+NETS = {
+    2560: Net(2560, heads=20, ffn=6912),
+    4096: Net(4096, heads=32, ffn=11008),
+}
+CPU_NET = Net(32, heads=2, ffn=64, layers=1, batch=2, length=16, iterations=2)
+QUICK_WAYS = ("residual", "ours, torch.compile", "ours, hc.compile")
+
+
+def bench_net(
+    net: Net, ways: dict[str, ModelWay], device: str, rounds: int, repeats: int
+) -> list[dict]:
+    """Every way on one net; "residual" must be among them."""
+    torch.compiler.reset()
+    gc.collect()
+    warm_compiler(device)
+    runners = {}
+    for name, way in ways.items():
+        note(f"C = {net.width}: compiling {name}")
+        runners[name] = prepare(net, way, device)
+    times = interleaved_ms(runners, device, rounds, repeats)
+    records = []
+    for name, runner in runners.items():
+        with tempfile.TemporaryDirectory() as folder:
+            launches = capture(runner.step, folder, steps=2, memory=False).launches
+        records.append(
+            {"way": name, "width": net.width, "launches": launches}
+            | summary(runner, times[name], times["residual"], device)
+        )
+    return records
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Measure the chosen nets."""
+    cuda = args.device.startswith("cuda")
+    nets = [NETS[width] for width in args.width] if cuda else [CPU_NET]
+    ways = WAYS | (PER_PASS if args.per_pass else {})
+    if args.quick or not cuda:
+        ways = {name: way for name, way in ways.items() if name in QUICK_WAYS}
+    if args.eager:
+        ways = {name: replace(way, compile=None) for name, way in ways.items()}
+    rounds, repeats = (2, 5) if args.quick or not cuda else (6, 10)
+    data: dict = {
+        "kind": "bench_model",
+        "command": shlex.join(["python", "-m", "scripts.bench_model", *argv]),
+        "machine": describe(args.device),
+        "nets": [{**asdict(net), "dtype": str(net.dtype)} for net in nets],
+        "rounds": rounds,
+        "repeats": repeats,
+        "model": [],
+    }
+    for net in nets:
+        data["model"] += bench_net(net, ways, args.device, rounds, repeats)
+        if args.json:
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
+    return data
+
+
+def plot(data: dict, file: Path) -> Path | None:
+    """Step time of every way, one panel a width."""
+    panels: dict[str, dict[str, float]] = {}
+    for record in data["model"]:
+        panels.setdefault(f"C = {record['width']}", {})[record["way"]] = record["step_ms"]
+    title = f"Forward and backward of a dense transformer; {tables.machine_line(data)}"
+    return tables.bars(panels, title, "ms a step", file)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description="Time a dense transformer's training step.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no plain-code mHC")
+    parser.add_argument("--width", type=int, nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--per-pass", action="store_true", help="also stop after each graph pass")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--device", help="default: cuda when there is one")
+    parser.add_argument("--json", type=Path, help="write the run here")
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
+    parser.add_argument("--render", type=Path, help="print a recorded run's table and stop")
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.render:
+        print(tables.render(json.loads(args.render.read_text())))
+        return
+    data = run(args, argv)
+    if args.plot:
+        plot(data, args.plot)
+    print(tables.render(data))
+    print(json.dumps(data))
+
+
+if __name__ == "__main__":
+    main()
