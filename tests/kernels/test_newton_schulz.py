@@ -39,3 +39,9 @@ def test_zero_matrix_has_a_finite_gradient():
     matrix = normal(2, 4, 4) * 0
     grad = newton_schulz_backward(normal(2, 4, 4, seed=1), matrix, SHORT)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [9, 16, 40] if INTERPRETED else [9, 16, 33, 64, 100, 128])
+def test_tiled(n):
+    eye = torch.eye(n, device=normal(1).device)
+    compare(normal(2, n, n) * 0.5 / n**0.5 + eye, SHORT)
