@@ -220,14 +220,16 @@ def choices_of(c: Constraint, width: int) -> dict:
 # (manifold, N) -> (tokens a program, warps); other manifolds take what is under None. Warps must
 # not share a token, so a program of fewer than 32 tokens a warp has one warp.
 FORWARD = {
-    None: {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (4, 1)},
-    "permutation": {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)},
+    None: {1: (128, 4), 2: (128, 4), 4: (16, 1), 8: (8, 1), 16: (4, 1)},
+    "newton-schulz": {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (16, 1)},
+    "permutation": {1: (128, 4), 2: (128, 4), 4: (16, 1), 8: (4, 1)},
 }
 BACKWARD = {
-    None: {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (2, 1)},
-    "permutation": {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)},
+    None: {1: (32, 1), 2: (32, 1), 4: (16, 1), 8: (8, 1), 16: (1, 1)},
+    "newton-schulz": {1: (32, 1), 2: (32, 1), 4: (32, 1), 8: (8, 1)},
+    "permutation": {1: (32, 1), 2: (32, 1), 4: (16, 1), 8: (4, 1)},
 }
-CHUNK = {1: 5, 2: 5, 4: 5, 8: 5, 16: 2}
+CHUNK = {1: 10, 2: 10, 4: 10, 8: 5, 16: 4}
 
 
 def tile_of(table: dict, c: Constraint) -> tuple[int, int]:
