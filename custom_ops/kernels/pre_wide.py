@@ -207,14 +207,14 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
 
 
 def wide_dx_tile(streams: int, coefficients: int, dtype: torch.dtype) -> dict:
-    """Tile of `wide_dx`: small enough for two programs a multiprocessor."""
+    """Tile of `wide_dx`."""
     half = dtype == torch.bfloat16
     return {
         "BLOCK_T": 64,
         "BLOCK_M": min(128 if half else 32, max(16, triton.next_power_of_2(coefficients))),
-        "BLOCK_C": 32,
-        "STAGES": 2,
-        "num_warps": 4 if half and streams <= 8 else 8,
+        "BLOCK_C": 64 if half and streams <= 8 else 32,
+        "STAGES": 3 if half and streams <= 8 else 2,
+        "num_warps": 8,
     }
 
 
@@ -222,8 +222,8 @@ def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Ten
     """dφ = Σ_t dp_t ⊗ x_t in its own pass over x."""
     coefficients, depth = phi.shape
     half = x.dtype == torch.bfloat16 and not INTERPRETED
-    block_m = min(128 if half else 32, max(16, triton.next_power_of_2(coefficients)))
-    block_k = 64 if half else 32
+    block_m = min(32, max(16, triton.next_power_of_2(coefficients)))
+    block_k = 128 if half else 32
     columns = triton.cdiv(depth, block_k)
     splits = max(1, min(16, 512 // columns))
     parts = phi.new_empty(splits, *phi.shape)
