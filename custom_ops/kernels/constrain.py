@@ -229,7 +229,7 @@ BACKWARD = {
     "newton-schulz": {1: (32, 1), 2: (32, 1), 4: (32, 1), 8: (8, 1)},
     "permutation": {1: (32, 1), 2: (32, 1), 4: (16, 1), 8: (4, 1)},
 }
-CHUNK = {1: 10, 2: 10, 4: 10, 8: 5, 16: 4}
+CHUNK = {1: 10, 2: 10, 4: 10, 8: 4, 16: 4}
 
 
 def tile_of(table: dict, c: Constraint) -> tuple[int, int]:
