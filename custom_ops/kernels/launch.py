@@ -32,13 +32,14 @@ def column_block(width: int, limit: int, least: int = 128) -> int:
     return best
 
 
-def column_warps(block: int) -> int:
-    """Warps that give each lane 8 columns of `block`."""
-    return max(1, min(8, block // 256))
+def plane_tile(width: int) -> dict:
+    """Tile of a kernel without sums over columns: one token × up to 512 columns."""
+    block = column_block(width, 512)
+    return {"BLOCK_T": 1, "BLOCK_C": block, "num_warps": max(1, block // 128)}
 
 
 def row_tile(width: int, limit: int) -> dict:
     """Tile of a kernel that walks one token's row; GROUP columns of a lane are added first."""
     block = column_block(width, limit)
-    warps = column_warps(block)
+    warps = max(1, min(4, block // 256))
     return {"BLOCK_C": block, "GROUP": min(8, block // (32 * warps)), "num_warps": warps}
