@@ -20,7 +20,7 @@ def hc_dphi_step(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
     """dφᵀ + xᵀdp of one tile of tokens.
 
     The tile's product leaves the tensor cores, which truncate as they add, before it joins the
-    long sum. dp enters as 2 (16 bits) or 3 (24 bits) interleaved bf16 parts, or as fp32.
+    long sum. dp enters as 2 (16 bits) or 3 (24 bits) bf16 parts, or as fp32.
     """
     if PARTS == 1:
         product = tl.dot(tl.trans(x_tile.to(tl.float32)), dp, input_precision=DOT)
@@ -28,14 +28,13 @@ def hc_dphi_step(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
         hi = dp.to(tl.bfloat16)
         rest = dp - hi.to(tl.float32)
         mid = rest.to(tl.bfloat16)
-        parts = tl.join(hi, mid)
+        operand = tl.reshape(tl.join(hi, mid), [dp.shape[0], 2 * dp.shape[1]])
+        turned = tl.trans(x_tile)
+        product = tl.dot(turned, operand)
+        product = tl.sum(tl.reshape(product, [x_tile.shape[1], dp.shape[1], 2]), axis=2)
         if PARTS == 3:
-            low = (rest - mid.to(tl.float32)).to(tl.bfloat16)
-            parts = tl.join(parts, tl.join(low, tl.zeros_like(low)))
-        WIDTH: tl.constexpr = 2 if PARTS == 2 else 4
-        operand = tl.reshape(parts, [dp.shape[0], WIDTH * dp.shape[1]])
-        product = tl.dot(tl.trans(x_tile), operand)
-        product = tl.sum(tl.reshape(product, [x_tile.shape[1], dp.shape[1], WIDTH]), axis=2)
+            low = ((rest - mid.to(tl.float32)) * 65536.0).to(tl.bfloat16)
+            product += tl.dot(turned, low) * (1.0 / 65536.0)  # scaled: not the dot's accumulator
     return dphi + product
 
 
@@ -218,7 +217,9 @@ def wide_dx_tile(streams: int, coefficients: int, dtype: torch.dtype) -> dict:
     }
 
 
-def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+def wide_dphi(
+    x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor, dphi_parts: int
+) -> torch.Tensor:
     """dφ = Σ_t dp_t ⊗ x_t in its own pass over x."""
     coefficients, depth = phi.shape
     half = x.dtype == torch.bfloat16 and not INTERPRETED
@@ -237,7 +238,7 @@ def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Ten
         depth,
         splits,
         M=coefficients,
-        PARTS=2 if half else 1,
+        PARTS=dphi_parts if half else 1,
         DOT="tf32" if half else "tf32x3",
         BLOCK_T=64 if half else 32,
         BLOCK_M=block_m,
