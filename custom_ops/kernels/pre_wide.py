@@ -181,7 +181,7 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
     grid = (triton.cdiv(depth, 64), triton.cdiv(stride, 32))
     meta = {"M": coefficients, "STRIDE": stride, "DOT": dot}
     launch(hc_pre_transpose, grid, phi, turned, depth, BLOCK_M=32, BLOCK_K=64, **meta)
-    tile = wide_dx_tile(streams, coefficients, x.dtype)
+    tile = wide_dx_tile(streams, views, coefficients, x.dtype)
     tiles = triton.cdiv(tokens, tile["BLOCK_T"]) * triton.cdiv(width, tile["BLOCK_C"])
     launch(
         hc_pre_dx_wide,
@@ -205,14 +205,19 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
     )
 
 
-def wide_dx_tile(streams: int, coefficients: int, dtype: torch.dtype) -> dict:
-    """Tile of `wide_dx`."""
+def wide_dx_tile(streams: int, views: int, coefficients: int, dtype: torch.dtype) -> dict:
+    """Tile of `wide_dx`; its stages hold φᵀ, dp and du tiles within 227 KB of shared memory."""
     half = dtype == torch.bfloat16
+    small = half and streams <= 8
+    whole = coefficients <= (128 if half else 32)
+    stages = 3 if small and views <= 2 else 2
+    if coefficients > 128 or views > 4:
+        stages = 1
     return {
         "BLOCK_T": 64,
-        "BLOCK_M": min(128 if half else 32, max(16, triton.next_power_of_2(coefficients))),
-        "BLOCK_C": 64 if half and streams <= 8 else 32,
-        "STAGES": 3 if half and streams <= 8 else 2,
+        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)) if whole else 32,
+        "BLOCK_C": 64 if small else 32,
+        "STAGES": stages,
         "num_warps": 8,
     }
 
