@@ -198,7 +198,7 @@ def project(
     token_tiles = triton.cdiv(tokens, tile["BLOCK_T"])
     launch(
         hc_project,
-        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"])),
+        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])),
         x,
         operand,
         parts,
@@ -250,6 +250,6 @@ def project_tile(coefficients: int, operand: torch.dtype) -> dict:
         "TAIL_M": tail,
         "BLOCK_T": 128 if wide else 64,
         "BLOCK_K": 64 if wide else 128,
-        "STAGES": 3,
+        "STAGES": 4 if wide and block_m < 128 else 3,
         "num_warps": 8 if wide else 4,
     }
