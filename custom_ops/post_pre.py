@@ -1,7 +1,9 @@
 """hc::post_pre: the boundary of two sublayers, post of one and pre of the next, as one op.
 
-x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss. Moves: 2n + 1 + (n + 1)
-C-units forward (x' is projected while it is made); 5n + 4 backward, ∂x' formed in registers.
+x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if asked, a ghost of x'.
+Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
+of boundaries every ∂x is formed once. Mandatory: 2n + 1 + (n + 1) C-units forward if x' is
+projected while it is made, 5n + 4 backward if ∂x' stays in registers.
 """
 
 import torch
@@ -23,10 +25,14 @@ def forward(
     alpha: Tensor | None,
     bias: Tensor,
     spec: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ghost: Tensor | None = None,
+    with_ghost: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams = post_op.forward(x, y, post, res)
-    u, next_pre, next_post, next_res, p, ss, _ = pre_op.forward(streams, phi, alpha, bias, spec)
-    return streams, u, next_pre, next_post, next_res, p, ss
+    u, next_pre, next_post, next_res, p, ss, next_ghost = pre_op.forward(
+        streams, phi, alpha, bias, spec, with_ghost
+    )
+    return streams, u, next_pre, next_post, next_res, p, ss, next_ghost
 
 
 def backward(
@@ -35,6 +41,7 @@ def backward(
     dpre: Tensor | None,
     dpost: Tensor | None,
     dres: Tensor | None,
+    dghost: Tensor | None,
     x: Tensor,
     y: Tensor,
     post: Tensor,
@@ -49,23 +56,28 @@ def backward(
     p: Tensor,
     ss: Tensor,
     spec: str,
+    has_ghost: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b; g is the part of ∂x' that came from above."""
+    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b.
+
+    g is what other users of x' gave it; dghost (the whole cotangent of the streams that the next
+    post makes) belongs to it through resᵀ. With a ghost the first output is the whole of ∂x', the
+    ghost's cotangent, instead of ∂x.
+    """
     saved = (phi, alpha, bias, next_pre, next_post, next_res, p, ss)
     total, dphi, dalpha, dbias = pre_op.backward(
-        du, dpre, dpost, dres, None, streams, *saved, spec
+        du, dpre, dpost, dres, dghost, streams, *saved, spec, g
     )
-    total = total if g is None else total + g
-    dx, dy, dpost, dres = post_op.backward(total, x, y, post, res, True)
-    return dx, dy, dpost, dres, dphi, dalpha, dbias
+    dx, dy, dpost, dres = post_op.backward(total, x, y, post, res, not has_ghost)
+    return total if has_ghost else dx, dy, dpost, dres, dphi, dalpha, dbias
 
 
-def _fake(x, y, post, res, phi, alpha, bias, spec):
-    u, *coefficients, p, ss, _ = pre_op._fake(x, phi, alpha, bias, spec)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), u, *coefficients, p, ss
+def _fake(x, y, post, res, phi, alpha, bias, spec, ghost=None, with_ghost=False):
+    streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return streams, *pre_op._fake(x, phi, alpha, bias, spec, with_ghost)
 
 
-def _backward_fake(g, du, dpre, dpost, dres, x, y, post, res, phi, alpha, bias, *rest):
+def _backward_fake(g, du, dpre, dpost, dres, dghost, x, y, post, res, phi, alpha, bias, *rest):
     def like(t):
         return torch.empty(t.shape, dtype=t.dtype, device=x.device)
 
@@ -79,20 +91,25 @@ post_pre_backward = define("post_pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    *primals, ctx.spec = inputs
-    streams, u, *coefficients, p, ss = output
-    ctx.mark_non_differentiable(p, ss)
+    *primals, ctx.spec, ghost, with_ghost = inputs
+    streams, u, *coefficients, p, ss, next_ghost = output
+    ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (next_ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
+    ctx.has_ghost = ghost is not None
     ctx.save_for_backward(*primals, streams, *coefficients, p, ss)
 
 
-def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss):
+def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
     saved = ctx.saved_tensors
     du = saved[0].new_zeros(()).expand(ctx.u_shape) if du is None else du
-    grads = torch.ops.hc.post_pre_backward(g, du, dpre, dpost, dres, *saved, ctx.spec)
-    present = (d if t is not None else None for d, t in zip(grads, saved[:7], strict=True))
-    return *present, None
+    dx, *grads = torch.ops.hc.post_pre_backward(
+        g, du, dpre, dpost, dres, dghost, *saved, ctx.spec, ctx.has_ghost
+    )
+    present = (d if t is not None else None for d, t in zip(grads, saved[1:7], strict=True))
+    if ctx.has_ghost:
+        return None, *present, None, dx, None
+    return dx, *present, None, None, None
 
 
 post_pre.register_autograd(_autograd, setup_context=_setup_context)
@@ -100,7 +117,8 @@ post_pre.register_autograd(_autograd, setup_context=_setup_context)
 
 def _reference(prims, rest):
     x, y, post, res, phi, alpha, bias = prims
-    return list(reference.post_pre(x, y, post, res, phi, alpha, bias, parse(rest[-1])))
+    outputs = reference.post_pre(x, y, post, res, phi, alpha, bias, parse(rest[-2]))
+    return [*outputs, None]
 
 
-double_backward(post_pre_backward, 5, 7, _reference)
+double_backward(post_pre_backward, 6, 7, _reference)

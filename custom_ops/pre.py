@@ -18,7 +18,6 @@ from custom_ops.registration import (
     define,
     double_backward,
     flat,
-    matmul,
     use_triton,
 )
 
@@ -68,8 +67,12 @@ def backward(
     p: Tensor,
     ss: Tensor,
     spec: str,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂φ, ∂α, ∂b; g is the cotangent of the ghost, whose resᵀg belongs to ∂x."""
+    """∂x, ∂φ, ∂α, ∂b; g is the cotangent of the ghost, whose resᵀg belongs to ∂x.
+
+    extra, what else ∂x consists of, is added in the same pass.
+    """
     c = parse(spec)
     du_all = du.unsqueeze(-2) if c.views == 1 else du
     pre_all = agg.per_token(pre, x.shape[:-2], len(con.token_shapes(c)[0]))
@@ -87,9 +90,12 @@ def backward(
         assert phi is not None and alpha is not None
         width = c.norm_width(x.shape[-1])
         dp, dss, dalpha, dbias = con.backward(dpre, dpost, dres, p, ss, alpha, bias, width, c.spec)
+    if g is None and extra is not None:
+        g, extra = extra, None
+        res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
     res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
     dx, dphi = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, c)
-    return dx, dphi, dalpha, dbias
+    return dx if extra is None else dx + extra, dphi, dalpha, dbias
 
 
 def _dots(du: Tensor, x: Tensor) -> Tensor:
@@ -125,11 +131,9 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
         dx = dx + mix(res.mT.to(dtype), g.to(dtype))
     if dp is None:
         return dx.to(x.dtype), x.new_empty(0)
-    rows = proj.rows_of(x, c.projection == "stream", dtype)
-    dp, dss = dp.to(dtype), dss.to(dtype)
-    through = matmul(dp, phi.to(dtype)) + 2 * dss.unsqueeze(-1) * rows
-    dphi = matmul(dp.flatten(0, -2).mT, rows.flatten(0, -2))
-    return (dx + through.reshape(x.shape)).to(x.dtype), dphi.to(phi.dtype)
+    through = proj.backward if use_triton(x) else proj.gradients
+    rest, dphi = through(dp, dss, x, phi, c.projection == "stream")
+    return (dx + rest).to(x.dtype), dphi.to(phi.dtype)
 
 
 def _fake(x, phi, alpha, bias, spec, with_ghost=False):
@@ -147,7 +151,9 @@ def _fake(x, phi, alpha, bias, spec, with_ghost=False):
     return u, *coefs, p, ss, ghost
 
 
-def _backward_fake(du, dpre, dpost, dres, g, x, phi, alpha, bias, pre, post, res, p, ss, spec):
+def _backward_fake(
+    du, dpre, dpost, dres, g, x, phi, alpha, bias, pre, post, res, p, ss, spec, extra=None
+):
     def like(t):
         return (
             bias.new_empty(0)
@@ -183,7 +189,7 @@ def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
 
 def _reference(prims, rest):
     x, phi, alpha, bias = prims
-    return [*reference.pre(x, phi, alpha, bias, parse(rest[-1])), None]
+    return [*reference.pre(x, phi, alpha, bias, parse(rest[-2])), None]
 
 
 pre.register_autograd(_autograd, setup_context=_setup_context)

@@ -46,11 +46,19 @@ def backward(
             flat(dp, 1), dss.reshape(-1).contiguous(), rows, phi.float().contiguous()
         )
         return dx.reshape(x.shape), dphi.to(phi.dtype)
+    dx, dphi = gradients(dp, dss, x, phi, per_stream)
+    return dx.to(x.dtype), dphi.to(phi.dtype)
+
+
+def gradients(
+    dp: Tensor, dss: Tensor, x: Tensor, phi: Tensor, per_stream: bool
+) -> tuple[Tensor, Tensor]:
+    """∂x and ∂φ in the compute dtype, not rounded."""
     dtype = compute_dtype(x, phi)
     rows = rows_of(x, per_stream, dtype)
     dx = matmul(dp.to(dtype), phi.to(dtype)) + 2 * dss.to(dtype).unsqueeze(-1) * rows
     dphi = matmul(dp.to(dtype).flatten(0, -2).mT, rows.flatten(0, -2))
-    return dx.reshape(x.shape).to(x.dtype), dphi.to(phi.dtype)
+    return dx.reshape(x.shape), dphi
 
 
 def _fake(x, phi, per_stream):

@@ -10,6 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from custom_ops.kernels.launch import launch
+from custom_ops.kernels.newton_schulz_tiled import (
+    newton_schulz_tiled,
+    newton_schulz_tiled_backward,
+)
 from custom_ops.kernels.tile import hc_offsets, hc_tokens, hc_valid, padded
 
 # SCHEDULE = ((a, b, c), ...), a compile-time tuple everywhere below.
@@ -96,10 +100,10 @@ def hc_newton_schulz_backward(
     HALF: tl.constexpr = STEPS // 2
     norm = hc_newton_schulz_norm(matrix)
     start = matrix / (norm + EPS)
-    middle = start
+    middle = tl.zeros_like(start)
     last = start
     for half in range(2 if SQUARED else 1):
-        middle = last
+        middle = tl.where(half == 0, middle, last)
         first = tl.full((), 0, tl.int32) + half * HALF
         last = hc_newton_schulz_steps(last, first, HALF + half * (STEPS % 2), SCHEDULE)
     if SQUARED:
@@ -159,13 +163,15 @@ def hc_newton_schulz_backward_kernel(
 
 
 # N -> (tokens a program, warps)
-FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1)}
-BACKWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (4, 1)}
+FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (16, 1)}
+BACKWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1)}
 
 
 def newton_schulz(matrix: Tensor, schedule: tuple, eps: float = 1e-7) -> Tensor:
-    """Polar factor of each matrix [T, n, n] (n <= 8), in its dtype. Moves 2·T·n² elements."""
+    """Polar factor of each matrix [T, n, n], in its dtype. Moves 2·T·n² elements if n <= 8."""
     tokens, n, _ = matrix.shape
+    if n > 8:
+        return newton_schulz_tiled(matrix, schedule, eps)
     out = torch.empty_like(matrix)
     block, warps = FORWARD[padded(n)]
     launch(
@@ -178,8 +184,10 @@ def newton_schulz(matrix: Tensor, schedule: tuple, eps: float = 1e-7) -> Tensor:
 def newton_schulz_backward(
     grad: Tensor, matrix: Tensor, schedule: tuple, eps: float = 1e-7
 ) -> Tensor:
-    """Gradient of the matrices [T, n, n], in their dtype. Moves 3·T·n² elements."""
+    """Gradient of the matrices [T, n, n], in their dtype. Moves 3·T·n² elements if n <= 8."""
     tokens, n, _ = matrix.shape
+    if n > 8:
+        return newton_schulz_tiled_backward(grad, matrix, schedule, eps)
     out = torch.empty_like(matrix)
     block, warps = BACKWARD[padded(n)]
     launch(

@@ -20,7 +20,7 @@ def hc_dphi_step(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
     """dφᵀ + xᵀdp of one tile of tokens.
 
     The tile's product leaves the tensor cores, which truncate as they add, before it joins the
-    long sum. dp enters as 2 (16 bits) or 3 (24 bits) interleaved bf16 parts, or as fp32.
+    long sum. dp enters as 2 (16 bits) or 3 (24 bits) bf16 parts, or as fp32.
     """
     if PARTS == 1:
         product = tl.dot(tl.trans(x_tile.to(tl.float32)), dp, input_precision=DOT)
@@ -28,14 +28,13 @@ def hc_dphi_step(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
         hi = dp.to(tl.bfloat16)
         rest = dp - hi.to(tl.float32)
         mid = rest.to(tl.bfloat16)
-        parts = tl.join(hi, mid)
+        operand = tl.reshape(tl.join(hi, mid), [dp.shape[0], 2 * dp.shape[1]])
+        turned = tl.trans(x_tile)
+        product = tl.dot(turned, operand)
+        product = tl.sum(tl.reshape(product, [x_tile.shape[1], dp.shape[1], 2]), axis=2)
         if PARTS == 3:
-            low = (rest - mid.to(tl.float32)).to(tl.bfloat16)
-            parts = tl.join(parts, tl.join(low, tl.zeros_like(low)))
-        WIDTH: tl.constexpr = 2 if PARTS == 2 else 4
-        operand = tl.reshape(parts, [dp.shape[0], WIDTH * dp.shape[1]])
-        product = tl.dot(tl.trans(x_tile), operand)
-        product = tl.sum(tl.reshape(product, [x_tile.shape[1], dp.shape[1], WIDTH]), axis=2)
+            low = ((rest - mid.to(tl.float32)) * 65536.0).to(tl.bfloat16)
+            product += tl.dot(turned, low) * (1.0 / 65536.0)  # scaled: not the dot's accumulator
     return dphi + product
 
 
@@ -182,7 +181,7 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
     grid = (triton.cdiv(depth, 64), triton.cdiv(stride, 32))
     meta = {"M": coefficients, "STRIDE": stride, "DOT": dot}
     launch(hc_pre_transpose, grid, phi, turned, depth, BLOCK_M=32, BLOCK_K=64, **meta)
-    tile = wide_dx_tile(streams, coefficients, x.dtype)
+    tile = wide_dx_tile(streams, views, coefficients, x.dtype)
     tiles = triton.cdiv(tokens, tile["BLOCK_T"]) * triton.cdiv(width, tile["BLOCK_C"])
     launch(
         hc_pre_dx_wide,
@@ -206,24 +205,31 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
     )
 
 
-def wide_dx_tile(streams: int, coefficients: int, dtype: torch.dtype) -> dict:
-    """Tile of `wide_dx`: small enough for two programs a multiprocessor."""
+def wide_dx_tile(streams: int, views: int, coefficients: int, dtype: torch.dtype) -> dict:
+    """Tile of `wide_dx`; its stages hold φᵀ, dp and du tiles within 227 KB of shared memory."""
     half = dtype == torch.bfloat16
+    small = half and streams <= 8
+    whole = coefficients <= (128 if half else 32)
+    stages = 3 if small and views <= 2 else 2
+    if coefficients > 128 or views > 4:
+        stages = 1
     return {
         "BLOCK_T": 64,
-        "BLOCK_M": min(128 if half else 32, max(16, triton.next_power_of_2(coefficients))),
-        "BLOCK_C": 32,
-        "STAGES": 2,
-        "num_warps": 4 if half and streams <= 8 else 8,
+        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)) if whole else 32,
+        "BLOCK_C": 64 if small else 32,
+        "STAGES": stages,
+        "num_warps": 8,
     }
 
 
-def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Tensor:
+def wide_dphi(
+    x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor, dphi_parts: int
+) -> torch.Tensor:
     """dφ = Σ_t dp_t ⊗ x_t in its own pass over x."""
     coefficients, depth = phi.shape
     half = x.dtype == torch.bfloat16 and not INTERPRETED
-    block_m = min(128 if half else 32, max(16, triton.next_power_of_2(coefficients)))
-    block_k = 64 if half else 32
+    block_m = min(32, max(16, triton.next_power_of_2(coefficients)))
+    block_k = 128 if half else 32
     columns = triton.cdiv(depth, block_k)
     splits = max(1, min(16, 512 // columns))
     parts = phi.new_empty(splits, *phi.shape)
@@ -237,7 +243,7 @@ def wide_dphi(x: torch.Tensor, dp: torch.Tensor, phi: torch.Tensor) -> torch.Ten
         depth,
         splits,
         M=coefficients,
-        PARTS=2 if half else 1,
+        PARTS=dphi_parts if half else 1,
         DOT="tf32" if half else "tf32x3",
         BLOCK_T=64 if half else 32,
         BLOCK_M=block_m,

@@ -13,7 +13,7 @@ import triton.language as tl
 from custom_ops.kernels.launch import INTERPRETED, launch
 
 PRECISIONS = ("bf16", "bf16x2", "tf32", "ieee")
-COEFFICIENT_TILE = 64  # more coefficients than this take another read of x
+COEFFICIENT_TILE = 128  # more coefficients than this take another read of x
 
 
 @triton.jit
@@ -34,6 +34,20 @@ def hc_project_split(phi_ptr, parts_ptr, total, depth, KEEP_LO: tl.constexpr, BL
     tl.store(out_ptrs + depth, lo, mask=mask)
 
 
+@triton.jit
+def hc_project_step(x_tile, phi_ptrs, mask, total, HALVES: tl.constexpr, DOT: tl.constexpr):
+    """total + x φᵀ of one block of K.
+
+    Adding the halves here also makes the tensor cores finish with x's buffer before the next
+    copy into it: left to run on, they were seen to read what Triton 3.6 had already overwritten.
+    """
+    phi = tl.load(phi_ptrs, mask=mask, other=0.0)
+    product = tl.dot(x_tile.to(phi.dtype), phi, input_precision=DOT)
+    if HALVES == 2:
+        product = tl.sum(tl.reshape(product, [total.shape[0], total.shape[1], 2]), axis=2)
+    return total + product
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def hc_project(
     x_ptr,
@@ -47,15 +61,17 @@ def hc_project(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_T tokens × BLOCK_M coefficients over one of SPLITS spans of K."""
+    """BLOCK_T tokens × (BLOCK_M + TAIL_M) coefficients over one of SPLITS spans of K."""
     split = tl.program_id(0) % SPLITS
     tile = tl.program_id(0) // SPLITS
     token_offs = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_mask = token_offs < tokens
-    row_offs = tl.program_id(1) * BLOCK_M * HALVES + tl.arange(0, BLOCK_M * HALVES)
+    m_first = tl.program_id(1) * BLOCK_M  # several tiles of coefficients have no tail
+    row_offs = m_first * HALVES + tl.arange(0, BLOCK_M * HALVES)
     row_mask = row_offs < M * HALVES
     k_offs = tl.arange(0, BLOCK_K)
     span = tl.cdiv(depth, SPLITS * BLOCK_K) * BLOCK_K
@@ -63,24 +79,30 @@ def hc_project(
     phi_rows = phi_ptr + row_offs[None, :].to(tl.int64) * depth + k_offs[:, None]
     total = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
+    if TAIL_M > 0:
+        tail_offs = BLOCK_M * HALVES + tl.arange(0, TAIL_M * HALVES)
+        tail_mask = tail_offs < M * HALVES
+        tail_rows = phi_ptr + tail_offs[None, :].to(tl.int64) * depth + k_offs[:, None]
+        tail = tl.zeros([BLOCK_T, TAIL_M], tl.float32)
     start = split * span
     for k in tl.range(start, tl.minimum(start + span, depth), BLOCK_K, num_stages=STAGES):
         k_mask = k + k_offs < depth
         x_tile = tl.load(x_rows + k, mask=token_mask[:, None] & k_mask[None, :], other=0.0)
-        phi = tl.load(phi_rows + k, mask=row_mask[None, :] & k_mask[:, None], other=0.0)
-        product = tl.dot(x_tile.to(phi_ptr.dtype.element_ty), phi, input_precision=DOT)
-        if HALVES == 2:
-            # Adding the halves here also makes the tensor cores finish with x's buffer before
-            # the next copy into it: Triton 3.6 overwrites it early when they may run on.
-            product = tl.sum(tl.reshape(product, [BLOCK_T, BLOCK_M, 2]), axis=2)
-        total += product
+        mask = row_mask[None, :] & k_mask[:, None]
+        total = hc_project_step(x_tile, phi_rows + k, mask, total, HALVES, DOT)
+        if TAIL_M > 0:
+            mask = tail_mask[None, :] & k_mask[:, None]
+            tail = hc_project_step(x_tile, tail_rows + k, mask, tail, HALVES, DOT)
         x_wide = x_tile.to(tl.float32)
         squares += tl.sum(x_wide * x_wide, axis=1)
-    m_offs = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_mask = m_offs < M
-    slot = part_ptr + (split * tokens.to(tl.int64) + token_offs) * (M + 1)
-    part_mask = token_mask[:, None] & m_mask[None, :]
-    tl.store(slot[:, None] + m_offs[None, :], total, mask=part_mask)
+    slot = part_ptr + (split.to(tl.int64) * tokens + token_offs) * (M + 1)
+    m_offs = m_first + tl.arange(0, BLOCK_M)
+    mask = token_mask[:, None] & (m_offs < M)[None, :]
+    tl.store(slot[:, None] + m_offs[None, :], total, mask=mask)
+    if TAIL_M > 0:
+        m_offs = BLOCK_M + tl.arange(0, TAIL_M)
+        mask = token_mask[:, None] & (m_offs < M)[None, :]
+        tl.store(slot[:, None] + m_offs[None, :], tail, mask=mask)
     tl.store(slot + M, squares, mask=token_mask & (tl.program_id(1) == 0))
 
 
@@ -89,10 +111,11 @@ def hc_sum_slots(part_ptr, out_ptr, total, splits, BLOCK: tl.constexpr):
     """out = Σ_s part_s in ascending s."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < total
-    stride = total.to(tl.int64)
+    part_ptrs = part_ptr + offs
     value = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        value += tl.load(part_ptr + split * stride + offs, mask=mask, other=0.0)
+    for _ in range(splits):
+        value += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += total
     tl.store(out_ptr + offs, value, mask=mask)
 
 
@@ -113,9 +136,10 @@ def hc_project_sum(
     token_mask = token_offs < tokens
     mask = token_mask[:, None] & (m_offs <= M)[None, :]
     value = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for split in tl.static_range(SPLITS):
-        rows = (split * tokens.to(tl.int64) + token_offs) * (M + 1)
-        value += tl.load(part_ptr + rows[:, None] + m_offs[None, :], mask=mask, other=0.0)
+    part_ptrs = part_ptr + token_offs[:, None] * (M + 1) + m_offs[None, :]
+    for _ in tl.static_range(SPLITS):
+        value += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += tokens * (M + 1)
     p_offs = token_offs[:, None] * M + m_offs[None, :]
     tl.store(p_ptr + p_offs, value, mask=token_mask[:, None] & (m_offs < M)[None, :])
     ss_ptrs = ss_ptr + token_offs[:, None] + m_offs[None, :] * 0
@@ -163,7 +187,7 @@ def project(
 
     Args: x [T, n, C] float, phi [M, n·C] fp32, contiguous; precision of φ in the product.
     Returns: p [T, M] fp32, ss [T] fp32. A token's result does not depend on the others.
-    Moves: n (x again for every 64 coefficients).
+    Moves: n (x again for every 128 coefficients, 64 at fp32).
     """
     tokens = x.shape[0]
     coefficients, depth = phi.shape
@@ -174,7 +198,7 @@ def project(
     token_tiles = triton.cdiv(tokens, tile["BLOCK_T"])
     launch(
         hc_project,
-        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"])),
+        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])),
         x,
         operand,
         parts,
@@ -206,9 +230,26 @@ def project(
 
 def project_tile(coefficients: int, operand: torch.dtype) -> dict:
     """Tile of `project`, from M and the type its operands have in the tensor cores."""
-    block_m = min(COEFFICIENT_TILE, max(16, triton.next_power_of_2(coefficients)))
+    block_m = max(16, triton.next_power_of_2(coefficients))
     if operand == torch.float32:
-        tile = {"BLOCK_T": 64, "BLOCK_K": 32, "STAGES": 3, "num_warps": 4}
-    else:
-        tile = {"BLOCK_T": 64, "BLOCK_K": 128, "STAGES": 3, "num_warps": 4}
-    return {"BLOCK_M": block_m, **tile}
+        return {
+            "BLOCK_M": min(64, block_m),
+            "TAIL_M": 0,
+            "BLOCK_T": 64,
+            "BLOCK_K": 32,
+            "STAGES": 3,
+            "num_warps": 4,
+        }
+    tail = 0
+    if 32 < coefficients <= 128:  # 80 coefficients are 64 + 16, not 128
+        tail = max(16, triton.next_power_of_2(coefficients - block_m // 2))
+        block_m, tail = (block_m, 0) if 2 * tail >= block_m else (block_m // 2, tail)
+    wide = block_m + tail > 48
+    return {
+        "BLOCK_M": min(COEFFICIENT_TILE, block_m),
+        "TAIL_M": tail,
+        "BLOCK_T": 128 if wide else 64,
+        "BLOCK_K": 64 if wide else 128,
+        "STAGES": 4 if wide and block_m < 128 else 3,
+        "num_warps": 8 if wide else 4,
+    }

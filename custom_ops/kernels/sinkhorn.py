@@ -242,8 +242,8 @@ def hc_sinkhorn_backward_kernel(
 
 # N -> (tokens a program, warps[, iterations undone a chunk]). Warps must not share a token, so a
 # program of fewer than 32 tokens a warp has one warp.
-FORWARD = {1: (128, 4), 2: (128, 4), 4: (32, 1), 8: (8, 1), 16: (4, 1)}
-BACKWARD = {1: (128, 4, 5), 2: (128, 4, 5), 4: (32, 1, 5), 8: (8, 1, 5), 16: (2, 1, 2)}
+FORWARD = {1: (128, 4), 2: (128, 4), 4: (16, 1), 8: (8, 1), 16: (4, 1)}
+BACKWARD = {1: (128, 4, 10), 2: (128, 4, 10), 4: (16, 1, 10), 8: (8, 1, 4), 16: (1, 1, 4)}
 
 
 def sinkhorn(

@@ -1,9 +1,9 @@
 """Boundary fusion: the post of one sublayer and the pre of the next become one op.
 
-before                                          after
-    x' = hc.post(x, y, post, res, ghost)            x', u, pre', post', res', p, ss =
-    u, pre', post', res', p, ss, ghost' =               hc.post_pre(x, y, post, res, φ, α, b)
-        hc.pre(x', φ, α, b)
+before                                       after
+    x' = hc.post(x, y, post, res, ghost)         x', u, pre', post', res', p, ss, ghost' =
+    u, pre', post', res', p, ss, ghost' =            hc.post_pre(x, y, post, res, φ, α, b,
+        hc.pre(x', φ, α, b)                                      spec, ghost)
 
 Numerics-preserving: the same mathematics in the same order; ∂x' is no longer rounded between the
 two. x' may have other users. A post without a pre, or a pre without a post, stays as it is.
@@ -16,8 +16,6 @@ from torch.fx import Graph, Node
 
 from hc_compile.passes.graph import arguments, is_op, only_unpacked, outputs, take
 
-GHOST = 6  # index of the ghost among the outputs of hc::pre
-
 
 def fuse_post_pre(graph: Graph) -> bool:
     """Fuse every hc::post with the hc::pre that reads it; returns whether anything changed."""
@@ -28,8 +26,6 @@ def fuse_post_pre(graph: Graph) -> bool:
         post = arguments(node, "pre")["x"]
         if is_op(post, "post") and only_unpacked(node) and _fuse(graph, post, node):
             changed = True
-    if changed:
-        _drop_unused_ghosts(graph)
     return changed
 
 
@@ -42,16 +38,14 @@ def _fuse(graph: Graph, post: Node, pre: Node) -> bool:
         return False
     with graph.inserting_before(first_user):
         inputs = (write["x"], write["y"], write["post"], write["res"], *tail, read["spec"])
-        fused = graph.call_function(torch.ops.hc.post_pre.default, inputs)
+        ghosts = (write["ghost"], read["with_ghost"])
+        fused = graph.call_function(torch.ops.hc.post_pre.default, (*inputs, *ghosts))
         fused.meta = dict(pre.meta) | _example_values(post, pre)
         streams = take(graph, fused, 0, like=post)
     post.replace_all_uses_with(streams, delete_user_cb=lambda user: user is not pre)
     cursor = streams
     for index, items in sorted(outputs(pre).items()):
         for item in items:
-            if index == GHOST:
-                _remove_ghost(graph, item)
-                continue
             with graph.inserting_after(cursor):
                 cursor = take(graph, fused, index + 1, like=item)
             item.replace_all_uses_with(cursor)
@@ -65,26 +59,4 @@ def _example_values(post: Node, pre: Node) -> dict[str, Any]:
     values = pre.meta.get("example_value")
     if values is None or "example_value" not in post.meta:
         return {}
-    return {"example_value": (post.meta["example_value"], *values[:GHOST])}
-
-
-def _remove_ghost(graph: Graph, ghost: Node) -> None:
-    """post_pre hands ∂x on as its own gradient: the posts that used the ghost don't need it."""
-    for user in list(ghost.users):
-        position = 4
-        if len(user.args) > position and user.args[position] is ghost:
-            user.args = user.args[:position]
-        user.kwargs = {k: v for k, v in user.kwargs.items() if v is not ghost}
-    graph.erase_node(ghost)
-
-
-def _drop_unused_ghosts(graph: Graph) -> None:
-    for node in list(graph.nodes):
-        if not is_op(node, "pre"):
-            continue
-        ghosts = outputs(node).get(GHOST, [])
-        for ghost in ghosts:
-            if not ghost.users:
-                graph.erase_node(ghost)
-        if len(node.args) > 5 and not outputs(node).get(GHOST):
-            node.args = node.args[:5]
+    return {"example_value": (post.meta["example_value"], *values)}

@@ -30,6 +30,7 @@ KINDS = {
     },
     "dhc-identity": {"streams": 5, "projection": "stream", "manifold": "identity"},
     "ortho": {"streams": 4, "manifold": "newton-schulz"},
+    "ortho-8": {"streams": 8, "manifold": "newton-schulz", "schedule": ((3.0, -3.2, 1.2),) * 2},
     "ortho-odd": {"streams": 3, "manifold": "newton-schulz", "transpose": True},
     "lite": {"streams": 4, "manifold": "permutation", "transpose": True},
     "lite-3": {"streams": 3, "manifold": "permutation", "temperature": 2.0},
@@ -49,9 +50,13 @@ def inputs(c: Constraint, tokens: int):
     squares = normal(tokens, n, seed=1) if stream else normal(tokens, seed=1)
     ss = (squares.abs() + 0.1) * WIDTH
     alpha = torch.tensor([0.7, 1.3, 1.9], device=DEVICE)
+    bias = normal(c.total, seed=2)
+    if c.manifold == "newton-schulz":  # far from singular, see test_newton_schulz
+        alpha[2] = 0.1
+        bias[-n * n :] = torch.eye(n, device=DEVICE).flatten() + 0.1 * bias[-n * n :]
     shapes = ((c.views, n), (c.branches, n), (n, n))
     cotangents = [normal(tokens, *shape, seed=3 + i) for i, shape in enumerate(shapes)]
-    return (p, ss, alpha, normal(c.total, seed=2)), cotangents
+    return (p, ss, alpha, bias), cotangents
 
 
 def autograd(args, cotangents, c, dtype):

@@ -35,8 +35,8 @@ def compare(logits, rule):
         check(v, w, e)
 
 
-@pytest.mark.parametrize("std", [1, 5, 10])
-@pytest.mark.parametrize("iterations", [0, 1, 2, 5, 20])
+@pytest.mark.parametrize("std", [1, 10] if INTERPRETED else [1, 5, 10])
+@pytest.mark.parametrize("iterations", [0, 1, 2, 20] if INTERPRETED else [0, 1, 2, 5, 20])
 @pytest.mark.parametrize("name", RULES)
 def test_truncated_gradient(name, iterations, std):
     compare(normal(TOKENS, 4, 4) * std, (iterations, *RULES[name]))
@@ -45,7 +45,7 @@ def test_truncated_gradient(name, iterations, std):
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 8, 16])
 @pytest.mark.parametrize("name", ["globalmax", "rowmax", "softmax", "log"])
 def test_sizes(name, n):
-    compare(normal(3, n, n) * 2, (6, *RULES[name]))
+    compare(normal(3, n, n) * 2, (3 if INTERPRETED else 12, *RULES[name]))
 
 
 @pytest.mark.parametrize("name", ["globalmax", "rowmax"])

@@ -1,0 +1,100 @@
+"""project, pre_dx and project_backward against float64."""
+
+import pytest
+import torch
+
+from custom_ops.kernels.pre_backward import pre_dx, project_backward
+from custom_ops.kernels.project import PRECISIONS, project
+from tests.kernels.cases import DEVICE, DTYPES, SHAPES, Sublayer, check, needs_kernels, worst
+
+pytestmark = needs_kernels
+SPLIT = 2e-4  # worst element of a product with 16 mantissa bits, both factors at 4 sigma
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 1, 40), (2, 4, 1100)], ids=str)
+def test_project(shape, dtype):
+    case = Sublayer(*shape, dtype)
+    p, ss = project(case.x, case.phi)
+    check(case, {"p": p}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6)
+    check(case, {"ss": ss})
+
+
+@pytest.mark.parametrize("coefficients", [1, 35, 80, 130, 300])
+def test_project_takes_any_number_of_coefficients(coefficients):
+    case = Sublayer(3, 2, 40, torch.bfloat16, coefficients=coefficients)
+    p, ss = project(case.x, case.phi)
+    check(case, {"p": p, "ss": ss}, slack=SPLIT)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_project_precisions(precision, dtype):
+    case = Sublayer(17, 4, 96, dtype)
+    p, _ = project(case.x, case.phi, precision)
+    allowed = {"bf16": 2e-2, "bf16x2": SPLIT, "tf32": 5e-3, "ieee": 1e-5}[precision]
+    assert worst(p, case.results(torch.float64)["p"]) < allowed
+
+
+def test_project_refuses_an_unknown_precision():
+    case = Sublayer(2, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        project(case.x, case.phi, "half")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 4, 65)], ids=str)
+@pytest.mark.parametrize("views", [1, 2])
+def test_pre_dx(shape, dtype, views):
+    case = Sublayer(*shape, dtype, views=views)
+    dx, dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+    check(case, {"dx": dx, "dphi": dphi}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_project_backward(shape):
+    case = Sublayer(*shape, torch.bfloat16)
+    dx, dphi = project_backward(case.dp, case.dss, case.x, case.phi)
+    check(case, {"project_dx": dx, "dphi": dphi}, slack=SPLIT)
+
+
+def test_a_token_does_not_see_the_others():
+    case = Sublayer(140, 2, 70, torch.float32)
+    before, _ = project(case.x, case.phi)
+    alone, _ = project(case.x[:1].contiguous(), case.phi)
+    case.x[1:] *= 3.0
+    after, _ = project(case.x, case.phi)
+    assert torch.equal(before[:1], after[:1]) and torch.equal(before[:1], alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams, width", [(4, 640), (8, 640), (16, 256), (4, 2560)])
+def test_bitwise_repeatable(streams, width):
+    """Inputs small enough to stay in L2: an early copy over a buffer in use showed here."""
+    case = Sublayer(300, streams, width, torch.bfloat16)
+
+    def outputs():
+        dx_dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+        return (*project(case.x, case.phi), *dx_dphi)
+
+    first = outputs()
+    for _ in range(200):
+        assert all(torch.equal(*pair) for pair in zip(first, outputs(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("coefficients", [24, 80])
+def test_dphi_over_many_tokens(coefficients):
+    tokens = 65_536
+    x = torch.randn(tokens, 4, 256, device=DEVICE, dtype=torch.bfloat16)
+    dp = torch.randn(tokens, coefficients, device=DEVICE)
+    phi = torch.randn(coefficients, 1024, device=DEVICE)
+    exact = dp.double().T @ x.flatten(1).double()
+    fp32 = dp.T @ x.flatten(1).float()
+    dss = torch.zeros(tokens, device=DEVICE)
+
+    def error(out):
+        return ((out.double() - exact).norm() / exact.norm()).item()
+
+    assert error(project_backward(dp, dss, x, phi, dphi_parts=3)[1]) <= error(fp32)
+    assert error(project_backward(dp, dss, x, phi)[1]) <= 4e-6

@@ -1,0 +1,63 @@
+"""aggregate, post and their backwards against float64."""
+
+import pytest
+import torch
+
+from custom_ops.kernels.aggregate import aggregate, aggregate_backward
+from custom_ops.kernels.post import post, post_backward
+from custom_ops.kernels.pre_backward import aggregate_dots
+from tests.kernels.cases import DEVICE, DTYPES, SHAPES, Sublayer, check, needs_kernels, worst
+
+pytestmark = needs_kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("views", [1, 3])
+def test_aggregate(shape, dtype, views):
+    case = Sublayer(*shape, dtype, views=views)
+    dx, dpre = aggregate_backward(case.du, case.x, case.pre)
+    check(case, {"u": aggregate(case.x, case.pre), "read_dx": dx, "dpre": dpre})
+    check(case, {"dpre": aggregate_dots(case.du, case.x)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("branches", [1, 2])
+def test_post(shape, dtype, branches):
+    case = Sublayer(*shape, dtype, branches=branches)
+    check(case, {"out": post(case.x, case.y, case.post, case.res)})
+    for need_dx in (False, True):
+        dx, dy, dpost, dres = post_backward(case.g, case.x, case.y, case.post, case.res, need_dx)
+        outputs = {"dy": dy, "dpost": dpost, "dres": dres}
+        assert (dx is not None) == need_dx
+        check(case, outputs | ({"mixed": dx} if need_dx else {}))
+
+
+def test_post_takes_a_branch_of_another_dtype():
+    case = Sublayer(2, 4, 65, torch.float32)
+    case.y = case.y.to(torch.float16)
+    out = post(case.x, case.y, case.post, case.res)
+    _, dy, _, _ = post_backward(case.g, case.x, case.y, case.post, case.res, False)
+    assert out.dtype == torch.float32 and dy.dtype == torch.float16
+    check(case, {"out": out, "dy": dy})
+
+
+def test_a_token_does_not_see_the_others():
+    case = Sublayer(6, 4, 70, torch.float32)
+    before = post(case.x, case.y, case.post, case.res)
+    case.x[3:] += 1.0
+    case.y[3:] = float("nan")
+    after = post(case.x, case.y, case.post, case.res)
+    assert torch.equal(before[:3], after[:3])
+    assert after[3:].isnan().all()
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    tokens, streams, width = 70_000, 4, 8192
+    x = torch.randn(tokens, streams, width, device=DEVICE, dtype=torch.bfloat16)
+    pre = torch.randn(tokens, 1, streams, device=DEVICE)
+    last = slice(tokens - 5, tokens)
+    exact = torch.einsum("tvn,tnc->tvc", pre[last].double(), x[last].double())
+    assert worst(aggregate(x, pre)[last], exact) < 0.05
