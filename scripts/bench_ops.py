@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ TABLES = ("small", "sublayer", "ops")
 FOUR = (Shape(8192, 2560), Shape(16384, 4096), Shape(4096, 7168), Shape(32768, 1280))
 SMALL = Shape(16384, 16)
 PLAIN_COMPILED_AT = FOUR[0]  # Sinkhorn's iterations make plain code slow to compile
+QUICK_WAYS = ("eager PyTorch", "ours, eager", "ours, hc.compile, chain of 4")
 FULL_ONLY = ("compiled PyTorch", "ours, hc.compile, chain of 8")
 
 
@@ -43,10 +45,11 @@ class Plan:
     compile_budget: float  # seconds for compiled references, 0 for none
     iterations: int = 20
     peers: bool = True
+    ways: tuple[str, ...] = tuple(WAYS)
 
 
 PLANS = {
-    "quick": Plan(FOUR[:1], (), SMALL, Effort(5, 20), 0.0, peers=False),
+    "quick": Plan(FOUR[:1], (), SMALL, Effort(5, 20), 0.0, 20, False, QUICK_WAYS),
     "default": Plan(FOUR, (Shape(8192, 2560, 2), Shape(8192, 2560, 8)), SMALL, Effort(), 0.0),
     "full": Plan(FOUR, (Shape(8192, 2560, 2), Shape(8192, 2560, 8)), SMALL, Effort(), 90.0),
     "cpu": Plan((Shape(32, 16),), (), Shape(32, 16), Effort(), 0.0, iterations=2, peers=False),
@@ -69,40 +72,35 @@ def ways_of(plan: Plan, chosen: list[str] | None) -> dict[str, Way]:
     if chosen:
         return {name: way for name, way in (WAYS | others).items() if name in chosen}
     slow = plan.compile_budget > 0
-    own = {name: way for name, way in WAYS.items() if slow or name not in FULL_ONLY}
+    own = {name: WAYS[name] for name in plan.ways if slow or name not in FULL_ONLY}
     return own | (others if plan.peers else {})
 
 
-def bench_ops(plan: Plan, device: str, bandwidth: float) -> list[dict]:
+def bench_ops(plan: Plan, device: str, bandwidth: float) -> Iterator[dict]:
     """Streaming ops at every shape."""
-    records = []
     for shape in plan.shapes:
         budget = catalog_bench.Budget(plan.compile_budget if shape == PLAIN_COMPILED_AT else 0)
         for row in catalog_bench.streaming_rows():
             note(f"{row.name} at {shape.label}")
-            records += catalog_bench.measure_row(
+            yield from catalog_bench.measure_row(
                 row, shape, torch.bfloat16, device, plan.effort, bandwidth, budget
             )
-    return records
 
 
-def bench_small(plan: Plan, device: str, bandwidth: float) -> list[dict]:
+def bench_small(plan: Plan, device: str, bandwidth: float) -> Iterator[dict]:
     """Sinkhorn, Newton–Schulz and the coefficients alone."""
     budget = catalog_bench.Budget(plan.compile_budget)
-    records = []
     for row in catalog_bench.small_rows():
         note(f"{row.name} at T = {plan.small.tokens}")
-        records += catalog_bench.measure_row(
+        yield from catalog_bench.measure_row(
             row, plan.small, torch.float32, device, plan.effort, bandwidth, budget
         )
-    return records
 
 
 def bench_sublayer(
     plan: Plan, device: str, bandwidth: float, ways: dict[str, Way], failed: dict[str, str]
-) -> list[dict]:
+) -> Iterator[dict]:
     """The whole sublayer, every way at every shape; a peer that fails is noted and left out."""
-    records = []
     for shape in plan.shapes + plan.extra:
         for name, way in ways.items():
             if name == "compiled PyTorch" and shape != PLAIN_COMPILED_AT:
@@ -118,8 +116,9 @@ def bench_sublayer(
                 note(f"FAILED: {error}")
                 failed[f"{name}, {shape.label}, n = {shape.streams}"] = str(error)[:300]
                 continue
-            records.append(sublayer_record(name, shape, cost, bandwidth))
-    return records
+            record = sublayer_record(name, shape, cost, bandwidth)
+            note(f"    train {record['train_ms']:.3f} ms, {record['x_floor']:.2f} × floor")
+            yield record
 
 
 def sublayer_record(name: str, shape: Shape, cost: SublayerCost, bandwidth: float) -> dict:
@@ -171,9 +170,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
             ),
         }
         for name in args.tables:
-            data[name] = benches[name]()
-            if args.json:  # after every table: a long run that is cut off leaves something
-                args.json.write_text(json.dumps(data, indent=1) + "\n")
+            for record in benches[name]():
+                data[name].append(record)
+                if args.json:  # after every record: a run that is cut off leaves something
+                    args.json.write_text(json.dumps(data, indent=1) + "\n")
     return data
 
 
