@@ -8,7 +8,7 @@ from custom_ops.constraint import parse
 from tests.conftest import cotangents, outputs_and_gradients, worst
 
 CASES = [(row.name, variant) for row in ROWS for variant in row.variants]
-SHAPES = [(1, 4, 7), (5, 2, 1), (3, 3, 33), (6, 1, 8), (2, 5, 5)]
+SHAPES = [(1, 4, 7), (5, 2, 1), (3, 3, 33), (6, 1, 8), (2, 5, 5), (2, 6, 3), (1, 7, 2), (3, 8, 9)]
 WIDE_SHAPES = [(t, n, c) for t in (1, 5) for n in range(1, 9) for c in (1, 7, 33, 64, 129)]
 EPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 

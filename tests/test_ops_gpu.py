@@ -1,7 +1,11 @@
 """Every op on a CUDA device: against float64, repeatable, batch-independent, capturable."""
 
+import importlib
+import pathlib
+
 import pytest
 import torch
+import triton
 
 import hc_compile as hc
 from custom_ops.catalog import CATALOG, ROWS, make_inputs
@@ -196,6 +200,32 @@ def test_lengths_share_graphs_and_kernels():
         out.sum().backward()
         assert (out - net(h)).abs().max() < 1e-3
     assert counter.frame_count <= 2
+
+
+def test_no_kernel_is_compiled_for_another_length():
+    """Triton's caches after T = 2 are those after any other T: nothing specialises on it."""
+    import custom_ops.kernels as package
+
+    def compiled_variants():
+        found = 0
+        for path in pathlib.Path(package.__path__[0]).glob("*.py"):
+            module = importlib.import_module(f"custom_ops.kernels.{path.stem}")
+            for kernel in vars(module).values():
+                if isinstance(kernel, triton.runtime.jit.JITFunction):
+                    found += sum(len(cache[0]) for cache in kernel.device_caches.values())
+        return found
+
+    def step(tokens):
+        inputs = _inputs("post_pre", "sinkhorn", tokens, 4, 320, torch.bfloat16)
+        call = CATALOG["post_pre"].call
+        outputs_and_gradients(lambda *t: call("sinkhorn", *t), inputs)
+
+    step(2)
+    before = compiled_variants()
+    assert before >= 6
+    for tokens in (1, 16, 17, 100, 1024, 4999):
+        step(tokens)
+    assert compiled_variants() == before
 
 
 @pytest.mark.full

@@ -164,6 +164,18 @@ def test_rms_divides_by_all_the_elements_it_saw(name):
     assert (pre - expected).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("implementation", ["ops", "plain"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_grad_changes_no_bit(name, implementation):
+    """A path without gradients that drops an argument is a bug others shipped."""
+    net = Net(hc.HCConfig(DIM, 4, name, implementation=implementation, expand="embedding"))
+    train(net, 3)
+    h = draw(2, 5, DIM)
+    with torch.no_grad():
+        without = net(h)
+    assert torch.equal(net(h), without)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_construction_is_deterministic_under_a_seed(name):
     def build():
