@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,13 @@ def bars(panels: dict[str, dict[str, float]], title: str, unit: str, file: Path)
     import matplotlib.pyplot as plt
 
     tallest = max(len(values) for values in panels.values())
-    size = (4.6 * len(panels), 0.9 + 0.32 * tallest)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    size = (5.4 * columns, 0.6 + rows * (0.8 + 0.3 * tallest))
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (name, values) in zip(grid.flat, panels.items(), strict=False):
         colors = ["#228833" if key.startswith("ours") else "#bbbbbb" for key in values]
         drawn = axis.barh(list(values), list(values.values()), color=colors)
         axis.bar_label(drawn, fmt="%.2f", padding=2)
@@ -178,7 +183,7 @@ def bars(panels: dict[str, dict[str, float]], title: str, unit: str, file: Path)
         axis.margins(x=0.15)
         axis.set(xlabel=unit, title=name)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("\n".join(textwrap.wrap(title, round(size[0] * 15))), fontsize=9)
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,9 +30,13 @@ from scripts.machine import describe
 TABLES = ("small", "sublayer", "ops")
 FOUR = (Shape(8192, 2560), Shape(16384, 4096), Shape(4096, 7168), Shape(32768, 1280))
 SMALL = Shape(16384, 16)
-PLAIN_COMPILED_AT = FOUR[0]  # Sinkhorn's iterations make plain code slow to compile
+SLOW_AT = FOUR[0]  # what takes long to compile is measured at one shape
 QUICK_WAYS = ("eager PyTorch", "ours, eager", "ours, hc.compile, chain of 4")
-FULL_ONLY = ("compiled PyTorch", "ours, hc.compile, chain of 8")
+FULL_ONLY = (
+    "compiled PyTorch",
+    "ours, torch.compile, chain of 4",
+    "ours, hc.compile, chain of 8",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,14 @@ def choose(args: argparse.Namespace) -> Plan:
     plan = PLANS["quick" if args.quick else "full" if args.full else "default"]
     if args.compile_budget is not None:
         plan = replace(plan, compile_budget=args.compile_budget)
+    if args.shapes:
+        plan = replace(plan, shapes=tuple(args.shapes), extra=())
     return plan
+
+
+def shape(text: str) -> Shape:
+    """TxC or TxCxn as a shape."""
+    return Shape(*map(int, text.lower().split("x")))
 
 
 def ways_of(plan: Plan, chosen: list[str] | None) -> dict[str, Way]:
@@ -76,34 +88,34 @@ def ways_of(plan: Plan, chosen: list[str] | None) -> dict[str, Way]:
     return own | (others if plan.peers else {})
 
 
-def bench_ops(plan: Plan, device: str, bandwidth: float) -> Iterator[dict]:
+def bench_ops(plan: Plan, device: str, bandwidth: float) -> Iterator[list[dict]]:
     """Streaming ops at every shape."""
     for shape in plan.shapes:
-        budget = catalog_bench.Budget(plan.compile_budget if shape == PLAIN_COMPILED_AT else 0)
+        budget = catalog_bench.Budget(plan.compile_budget if shape == SLOW_AT else 0)
         for row in catalog_bench.streaming_rows():
             note(f"{row.name} at {shape.label}")
-            yield from catalog_bench.measure_row(
+            yield catalog_bench.measure_row(
                 row, shape, torch.bfloat16, device, plan.effort, bandwidth, budget
             )
 
 
-def bench_small(plan: Plan, device: str, bandwidth: float) -> Iterator[dict]:
+def bench_small(plan: Plan, device: str, bandwidth: float) -> Iterator[list[dict]]:
     """Sinkhorn, Newton–Schulz and the coefficients alone."""
     budget = catalog_bench.Budget(plan.compile_budget)
     for row in catalog_bench.small_rows():
         note(f"{row.name} at T = {plan.small.tokens}")
-        yield from catalog_bench.measure_row(
+        yield catalog_bench.measure_row(
             row, plan.small, torch.float32, device, plan.effort, bandwidth, budget
         )
 
 
 def bench_sublayer(
     plan: Plan, device: str, bandwidth: float, ways: dict[str, Way], failed: dict[str, str]
-) -> Iterator[dict]:
+) -> Iterator[list[dict]]:
     """The whole sublayer, every way at every shape; a peer that fails is noted and left out."""
     for shape in plan.shapes + plan.extra:
         for name, way in ways.items():
-            if name == "compiled PyTorch" and shape != PLAIN_COMPILED_AT:
+            if name in FULL_ONLY and shape != SLOW_AT and device.startswith("cuda"):
                 continue
             note(f"sublayer, {name}, {shape.label}, n = {shape.streams}")
             try:
@@ -118,7 +130,7 @@ def bench_sublayer(
                 continue
             record = sublayer_record(name, shape, cost, bandwidth)
             note(f"    train {record['train_ms']:.3f} ms, {record['x_floor']:.2f} × floor")
-            yield record
+            yield [record]
 
 
 def sublayer_record(name: str, shape: Shape, cost: SublayerCost, bandwidth: float) -> dict:
@@ -146,10 +158,33 @@ def note(text: str) -> None:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Measure the chosen tables."""
+    """Measure the chosen tables, saving after every step: a run that is cut off leaves them."""
+    ends = time.perf_counter() + args.seconds
     plan = choose(args)
     ways = ways_of(plan, args.ways)
-    data: dict = {
+    data = header(args, argv, plan)
+    with measuring(args.device):
+        bandwidth = copy_bandwidth(args.device)
+        data["copy_gb_per_s"] = bandwidth / 1e9
+        benches = {
+            "small": bench_small(plan, args.device, bandwidth),
+            "ops": bench_ops(plan, args.device, bandwidth),
+            "sublayer": bench_sublayer(plan, args.device, bandwidth, ways, data["failed"]),
+        }
+        for name in args.tables:
+            for records in benches[name]:
+                data[name] += records
+                if args.json:
+                    args.json.write_text(json.dumps(data, indent=1) + "\n")
+                if time.perf_counter() > ends:
+                    data["failed"][f"what follows in table {name}"] = "out of time"
+                    break
+    return data
+
+
+def header(args: argparse.Namespace, argv: list[str], plan: Plan) -> dict:
+    """What a record says before any figure."""
+    return {
         "kind": "bench_ops",
         "command": shlex.join(["python", "-m", "scripts.bench_ops", *argv]),
         "machine": describe(args.device),
@@ -159,22 +194,6 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         "failed": {},
         **{name: [] for name in TABLES},
     }
-    with measuring(args.device):
-        bandwidth = copy_bandwidth(args.device)
-        data["copy_gb_per_s"] = bandwidth / 1e9
-        benches = {
-            "small": partial(bench_small, plan, args.device, bandwidth),
-            "ops": partial(bench_ops, plan, args.device, bandwidth),
-            "sublayer": partial(
-                bench_sublayer, plan, args.device, bandwidth, ways, data["failed"]
-            ),
-        }
-        for name in args.tables:
-            for record in benches[name]():
-                data[name].append(record)
-                if args.json:  # after every record: a run that is cut off leaves something
-                    args.json.write_text(json.dumps(data, indent=1) + "\n")
-    return data
 
 
 def plot(data: dict, file: Path) -> Path | None:
@@ -196,6 +215,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--ways", nargs="+", help="of the sublayer table; default: all")
+    parser.add_argument("--shapes", nargs="+", type=shape, help="TxC or TxCxn; default: four")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start nothing new after this long"
+    )
     parser.add_argument("--compile-budget", type=float, help="seconds for compiled references")
     parser.add_argument("--json", type=Path, help="write the run here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
