@@ -120,7 +120,7 @@ def test_dphi_over_many_tokens_keeps_float32_accuracy():
 
 @pytest.mark.parametrize("name", ["residual", *PRESETS])
 def test_inductor_fused_training_step(name):
-    """eager ≡ compiled ≡ fused on the device, with CUDA graphs too."""
+    """eager ≡ fused on the device; where two presets stand for all, with CUDA graphs too."""
     cfg = hc.HCConfig(64, 1 if name == "residual" else 4, name)
     net = Net(cfg, layers=2).cuda()
     h = draw(48, 64).cuda()
@@ -133,7 +133,8 @@ def test_inductor_fused_training_step(name):
         return [out.detach().clone(), *(p.grad.clone() for p in net.parameters())]
 
     eager = step(net)
-    for kwargs in ({}, {"mode": "reduce-overhead"}):
+    modes = ({}, {"mode": "reduce-overhead"}) if name in ("mhc", "dhc") else ({},)
+    for kwargs in modes:
         compiled = hc.compile(net, fullgraph=True, **kwargs)
         for _ in range(3):
             results = step(compiled)
