@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     data: dict = {
         "kind": "bench_model",
         "command": shlex.join(["python", "-m", "scripts.bench_model", *argv]),
-        "machine": describe(args.device),
+        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
         "nets": [{**asdict(net), "dtype": str(net.dtype)} for net in nets],
         "rounds": rounds,
         "repeats": repeats,
@@ -111,6 +111,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--per-pass", action="store_true", help="also stop after each graph pass")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--device", help="default: cuda when there is one")
+    parser.add_argument("--commit", help="to record where the code lies outside git")
     parser.add_argument("--json", type=Path, help="write the run here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     parser.add_argument("--render", type=Path, help="print a recorded run's table and stop")

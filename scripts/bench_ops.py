@@ -187,7 +187,7 @@ def header(args: argparse.Namespace, argv: list[str], plan: Plan) -> dict:
     return {
         "kind": "bench_ops",
         "command": shlex.join(["python", "-m", "scripts.bench_ops", *argv]),
-        "machine": describe(args.device),
+        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
         "peers": peers.installed() if plan.peers else {},
         "dtype": "bfloat16",
         "iterations": plan.iterations,
@@ -220,6 +220,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--seconds", type=float, default=math.inf, help="start nothing new after this long"
     )
     parser.add_argument("--compile-budget", type=float, help="seconds for compiled references")
+    parser.add_argument("--commit", help="to record where the code lies outside git")
     parser.add_argument("--json", type=Path, help="write the run here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     parser.add_argument("--check", type=Path, help="exit 1 if ratios grew over this recorded run")

@@ -13,10 +13,12 @@ NET = Net(16, heads=2, ffn=32, layers=1, batch=1, length=8, iterations=2)
 
 def test_tiny_run(tmp_path, capsys):
     file = tmp_path / "model.json"
-    main(["--device", "cpu", "--eager", "--json", str(file), "--plot", str(tmp_path / "m.png")])
+    files = ["--json", str(file), "--plot", str(tmp_path / "m.png")]
+    main(["--device", "cpu", "--eager", "--commit", "abc", *files])
     out = capsys.readouterr().out
     data = json.loads(file.read_text())
     assert json.loads(out.splitlines()[-1]) == data
+    assert data["machine"]["git_commit"] == "abc"
     steps = {r["way"]: r for r in data["model"]}
     base = steps["residual"]["step_ms"]
     for record in steps.values():
