@@ -19,6 +19,7 @@ CHOICES = {
     "start": ("exp", "exp-rowmax", "exp-globalmax", "softmax", "abs", "log"),
     "first": ("row", "column"),
     "denominator": ("add", "max"),
+    "precision": ("bf16x2", "bf16", "tf32", "ieee"),
 }
 MAX_PERMUTATION_STREAMS = 5
 
@@ -49,6 +50,9 @@ class Constraint:
     Order of the M coefficients in z and b: [pre V·n | post W·n | res]; res holds n² logits
     row-major, n! for "permutation", none for "identity" and "none". With projection "stream" the
     projected row of stream j is [pre_j (V) | post_j (W) | res_j: (n)].
+
+    precision is that of φ in the forward product of the kernels: at least 16 mantissa bits by
+    default, 8 for "bf16", 11 for "tf32", plain fp32 for "ieee"; plain torch always has fp32.
     """
 
     streams: int
@@ -72,6 +76,7 @@ class Constraint:
     denominator: str = "max"
     eps: float = 1e-30
     schedule: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_SCHEDULE
+    precision: str = "bf16x2"
     spec: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self):

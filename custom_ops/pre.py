@@ -31,7 +31,7 @@ def coefficients(
         empty = bias.new_empty(0)
         return *con.static_forward(bias, c), empty, empty.clone()
     assert phi is not None and alpha is not None
-    p, ss = proj.forward(x, phi, c.projection == "stream")
+    p, ss = proj.forward(x, phi, c.projection == "stream", c.precision)
     width = c.norm_width(x.shape[-1])
     return *con.forward(p, ss, alpha, bias, width, c.spec), p, ss
 

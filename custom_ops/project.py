@@ -22,13 +22,15 @@ def rows_of(x: Tensor, per_stream: bool, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if per_stream else x.to(dtype).flatten(-2)
 
 
-def forward(x: Tensor, phi: Tensor, per_stream: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, phi: Tensor, per_stream: bool, precision: str = "bf16x2"
+) -> tuple[Tensor, Tensor]:
     if use_triton(x):
         from custom_ops.kernels import project as kernels
 
         lead = x.shape[:-1] if per_stream else x.shape[:-2]
         rows = flat(x, 1).unsqueeze(1) if per_stream else flat(x, 2)
-        p, ss = kernels.project(rows, phi.float().contiguous())
+        p, ss = kernels.project(rows, phi.float().contiguous(), precision)
         return p.reshape(*lead, phi.shape[0]), ss.reshape(lead)
     dtype = compute_dtype(x, phi)
     rows = rows_of(x, per_stream, dtype)
@@ -61,7 +63,7 @@ def gradients(
     return dx.reshape(x.shape), dphi
 
 
-def _fake(x, phi, per_stream):
+def _fake(x, phi, per_stream, precision="bf16x2"):
     dtype = compute_dtype(x, phi)
     lead = x.shape[:-1] if per_stream else x.shape[:-2]
     return (
@@ -82,14 +84,14 @@ project_backward = define("project_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    x, phi, ctx.per_stream = inputs
+    x, phi, ctx.per_stream, _ = inputs
     ctx.save_for_backward(x, phi)
 
 
 def _autograd(ctx, dp, dss):
     x, phi = ctx.saved_tensors
     dx, dphi = torch.ops.hc.project_backward(dp, dss, x, phi, ctx.per_stream)
-    return dx, dphi, None
+    return dx, dphi, None, None
 
 
 project.register_autograd(_autograd, setup_context=_setup_context)

@@ -23,6 +23,8 @@ class HCConfig:
         norm_eps: eps of the RMS norm before the projection; None takes the preset's (1e-6).
         reduce: "mean", "sum" or "head"; None takes the preset's.
         expand: "repeat", or "embedding" for a learned zero-initialised stream embedding on top.
+        precision: of φ in the projection kernels, "bf16x2" (>= 16 mantissa bits), "bf16", "tf32"
+            or "ieee"; None takes the preset's ("bf16x2").
         implementation: "ops" for the hc:: ops, "plain" for the same mathematics in plain torch.
 
     Raises: ValueError or TypeError that name the argument, what it must be and what it was.
@@ -35,6 +37,7 @@ class HCConfig:
     norm_eps: float | None = None
     reduce: str | None = None
     expand: str = "repeat"
+    precision: str | None = None
     implementation: str = "ops"
     constraint: Constraint = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
     row: Preset = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
@@ -58,6 +61,8 @@ class HCConfig:
             changes["iterations"] = self.iterations
         if self.norm_eps is not None:
             changes["norm_eps"] = self.norm_eps
+        if self.precision is not None:
+            changes["precision"] = self.precision
         object.__setattr__(self, "streams", streams)
         object.__setattr__(self, "reduce", reduce)
         object.__setattr__(self, "row", row)

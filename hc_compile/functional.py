@@ -139,7 +139,8 @@ def coefficients(
     _check_parameters(x, phi, alpha, bias, constraint)
     if _transforming() or constraint.projection == "static":
         return reference.coefficients(x, phi, alpha, bias, constraint)
-    p, ss = torch.ops.hc.project(x, phi, constraint.projection == "stream")
+    per_stream = constraint.projection == "stream"
+    p, ss = torch.ops.hc.project(x, phi, per_stream, constraint.precision)
     width = constraint.norm_width(x.shape[-1])
     return torch.ops.hc.constrain(p, ss, alpha, bias, width, constraint.spec)
 

@@ -149,6 +149,7 @@ BAD_CONFIG = [
     ({"iterations": 2.5}, TypeError, "iterations must be an int, got float"),
     ({"reduce": "max"}, ValueError, "reduce must be one of .*got 'max'"),
     ({"expand": "x"}, ValueError, "expand must be one of"),
+    ({"precision": "fp8"}, ValueError, "precision must be one of .*got 'fp8'"),
     ({"implementation": "cuda"}, ValueError, "implementation must be one of"),
 ]
 

@@ -62,6 +62,15 @@ def test_every_stream_count(name, n):
         _check(name, variant, tokens, n, 264, torch.bfloat16)
 
 
+@pytest.mark.parametrize("name", list(CATALOG))
+def test_no_tokens(name):
+    row = CATALOG[name]
+    variant = next(iter(row.variants))
+    inputs = _inputs(name, variant, 0, 4, 64, torch.float32)
+    _, grads = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs)
+    assert all((g == 0).all() for g in grads)
+
+
 @pytest.mark.parametrize(("name", "variant"), STREAM_CASES)
 def test_bitwise_from_run_to_run(name, variant):
     row = CATALOG[name]

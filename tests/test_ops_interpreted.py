@@ -29,6 +29,25 @@ def test_kernels_match_float64(name, variant, shape):
         assert a.shape == b.shape and worst(a, b) < limit
 
 
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_kernels_take_no_tokens(name, variant):
+    row = CATALOG[name]
+    inputs = [t.requires_grad_() for t in make_inputs(row, variant, 0, 3, 7)]
+    _, grads = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs)
+    assert all(g.shape == t.shape for g, t in zip(grads, inputs, strict=True))
+    assert variant == "static" or all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "ieee"])
+def test_precision_of_the_projection_is_selectable(precision):
+    row = CATALOG["project"]
+    x, phi = make_inputs(row, "", 5, 3, 40)
+    p, ss = torch.ops.hc.project(x, phi, False, precision)
+    exact, squares = row.reference("", x.double(), phi.double())
+    assert worst(p, exact) < (5e-3 if precision == "bf16" else 2e-3)
+    assert worst(ss, squares) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "variant"), [c for c in CASES if CATALOG[c[0]].streams][::3])
 def test_kernels_in_sixteen_bits(name, variant, dtype):
