@@ -16,16 +16,17 @@ RUNS = {
     (80, "main"): 20,
     (100, "main"): 20,
 }
-# Bytes of stack that still spill: (capability, kernel, case) -> upper bound.
+# Bytes of stack: (capability, kernel, case) -> upper bound. pre_dx on sm_90 spills outside its loop
+# over tokens, and tiles without spills took 1.25 times as long on an H100. The rest is unmeasured.
 ALLOWED: dict[tuple[int, str, str], int] = {
-    (80, "hc_pre_dx", "bf16"): 992,
-    (90, "hc_pre_dx", "bf16"): 40,
-    (90, "hc_pre_dx", "odd width"): 448,
-    (90, "hc_pre_dx_wide", "n=8"): 16,
-    (90, "hc_pre_dx_wide", "n=16"): 352,
+    (80, "hc_pre_dx", "bf16"): 136,
+    (90, "hc_pre_dx", "bf16"): 128,
+    (90, "hc_pre_dx", "odd width"): 304,
+    (90, "hc_pre_dx_wide", "n=16"): 336,
     (90, "hc_project", "n=16"): 8,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
+    (100, "hc_pre_dx", "bf16"): 56,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }
