@@ -16,8 +16,8 @@ RUNS = {
     (80, "main"): 20,
     (100, "main"): 20,
 }
-# Bytes of stack: (capability, kernel, case) -> upper bound. pre_dx on sm_90 spills outside its loop
-# over tokens, and tiles without spills took 1.25 times as long on an H100. The rest is unmeasured.
+# Bytes of stack: (capability, kernel, case) -> upper bound. On sm_90 pre_dx spills outside its
+# loop over tokens; tiles without spills took 1.25 times as long on an H100. Others: not measured.
 ALLOWED: dict[tuple[int, str, str], int] = {
     (80, "hc_pre_dx", "bf16"): 136,
     (90, "hc_pre_dx", "bf16"): 128,
