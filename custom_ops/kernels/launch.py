@@ -21,6 +21,11 @@ def launch(kernel, grid, *args, **meta) -> None:
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
 
 
+def before_hopper(device: torch.device) -> bool:
+    """Whether the device lacks tensor cores that read and add in the background (sm_90 on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+
+
 def column_block(width: int, limit: int, least: int = 128) -> int:
     """The power of two in [least, limit] that pads `width` least; the largest of equals."""
     best = least

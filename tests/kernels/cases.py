@@ -8,7 +8,12 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CAN_RUN = INTERPRETED or torch.cuda.is_available()
-needs_kernels = pytest.mark.skipif(not CAN_RUN, reason="needs CUDA or TRITON_INTERPRET=1")
+# The same tests run interpreted on the CPU, in a process with TRITON_INTERPRET=1, or on a GPU.
+needs_kernels = [
+    pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu,
+    pytest.mark.skipif(not CAN_RUN, reason="needs CUDA or TRITON_INTERPRET=1"),
+]
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
 
 SMALL = [(3, 4, 130), (2, 1, 7), (1, 3, 640), (2, 8, 33), (1, 16, 70), (5, 2, 129)]
 LARGE = [(203, n, 640) for n in (1, 2, 3, 4, 5, 6, 7, 8, 16)] + [

@@ -5,7 +5,17 @@ import torch
 
 from custom_ops.kernels.pre_backward import pre_dx, project_backward
 from custom_ops.kernels.project import PRECISIONS, project
-from tests.kernels.cases import DEVICE, DTYPES, SHAPES, Sublayer, check, needs_kernels, worst
+from tests.kernels.cases import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    SHAPES,
+    Sublayer,
+    check,
+    needs_kernels,
+    on_gpu,
+    worst,
+)
 
 pytestmark = needs_kernels
 SPLIT = 2e-4  # worst element of a product with 16 mantissa bits, both factors at 4 sigma
@@ -43,8 +53,12 @@ def test_project_refuses_an_unknown_precision():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (70, 4, 65)], ids=str)
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(
+    "shape, views",
+    [(shape, 1) for shape in [*SHAPES, (70, 4, 65)]]
+    + [(shape, 2) for shape in (SHAPES[:2] if INTERPRETED else SHAPES)],
+    ids=str,
+)
 def test_pre_dx(shape, dtype, views):
     case = Sublayer(*shape, dtype, views=views)
     dx, dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
@@ -67,11 +81,12 @@ def test_a_token_does_not_see_the_others():
     assert torch.equal(before[:1], after[:1]) and torch.equal(before[:1], alone)
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("streams, width", [(4, 640), (8, 640), (16, 256), (4, 2560)])
-def test_bitwise_repeatable(streams, width):
+@pytest.mark.parametrize("tokens", [300, 4500])
+def test_bitwise_repeatable(tokens, streams, width):
     """Inputs small enough to stay in L2: an early copy over a buffer in use showed here."""
-    case = Sublayer(300, streams, width, torch.bfloat16)
+    case = Sublayer(tokens, streams, width, torch.bfloat16)
 
     def outputs():
         dx_dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
@@ -82,7 +97,7 @@ def test_bitwise_repeatable(streams, width):
         assert all(torch.equal(*pair) for pair in zip(first, outputs(), strict=True))
 
 
-@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("coefficients", [24, 80])
 def test_dphi_over_many_tokens(coefficients):
     tokens = 65_536
@@ -96,5 +111,6 @@ def test_dphi_over_many_tokens(coefficients):
     def error(out):
         return ((out.double() - exact).norm() / exact.norm()).item()
 
-    assert error(project_backward(dp, dss, x, phi, dphi_parts=3)[1]) <= error(fp32)
-    assert error(project_backward(dp, dss, x, phi)[1]) <= 4e-6
+    assert error(project_backward(dp, dss, x, phi, dphi_parts=2)[1]) <= 4e-6
+    allowed = error(fp32) if coefficients <= 32 else 4e-6
+    assert error(project_backward(dp, dss, x, phi)[1]) <= allowed

@@ -6,7 +6,16 @@ import torch
 from custom_ops.kernels.aggregate import aggregate, aggregate_backward
 from custom_ops.kernels.post import post, post_backward
 from custom_ops.kernels.pre_backward import aggregate_dots
-from tests.kernels.cases import DEVICE, DTYPES, SHAPES, Sublayer, check, needs_kernels, worst
+from tests.kernels.cases import (
+    DEVICE,
+    DTYPES,
+    SHAPES,
+    Sublayer,
+    check,
+    needs_kernels,
+    on_gpu,
+    worst,
+)
 
 pytestmark = needs_kernels
 
@@ -53,7 +62,7 @@ def test_a_token_does_not_see_the_others():
     assert after[3:].isnan().all()
 
 
-@pytest.mark.gpu
+@on_gpu
 def test_offsets_beyond_32_bits():
     tokens, streams, width = 70_000, 4, 8192
     x = torch.randn(tokens, streams, width, device=DEVICE, dtype=torch.bfloat16)

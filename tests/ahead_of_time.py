@@ -1,0 +1,211 @@
+"""Compiles the kernels that the launchers launch, for a GPU that need not be present.
+
+Run as a program (`python -m tests.ahead_of_time 90 streams`), because it replaces Triton's
+driver: the launchers run on CPU tensors, `launch` compiles instead, and one JSON object a kernel
+comes out, with what the machine code takes of the target named by its compute capability.
+"""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import custom_ops.kernels
+from custom_ops.constraint import Constraint
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MODULES = [
+    importlib.import_module(f"custom_ops.kernels.{found.name}")
+    for found in pkgutil.iter_modules(custom_ops.kernels.__path__)
+]
+TOKENS = 3  # nothing is specialised on the number of tokens
+MHC = {"iterations": 20}
+ORTHO = {"manifold": "newton-schulz"}
+
+
+class Driver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and the bytes of its stack, which only spilled registers take here."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+
+
+class Recorder:
+    """What takes the place of `launch`."""
+
+    def __init__(self, names_only: bool):
+        self.case = ""
+        self.names_only = names_only
+        self.seen: set[str] = set()
+
+    def __call__(self, kernel, grid, *args, **meta):
+        if self.names_only:
+            if kernel.__name__ not in self.seen:
+                print(json.dumps({"kernel": kernel.__name__}))
+            self.seen.add(kernel.__name__)
+            return
+        compiled = kernel.warmup(*args, grid=grid, **meta)
+        if compiled.hash not in self.seen:
+            self.seen.add(compiled.hash)
+            shared = compiled.metadata.shared
+            row = {"kernel": kernel.__name__, "case": self.case, "shared": shared}
+            print(json.dumps(row | resources(compiled.asm["cubin"])), flush=True)
+
+
+def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficients=None):
+    """Every kernel that walks the streams, forward and backward."""
+    from custom_ops.kernels import aggregate, post, pre_backward, project
+
+    def wide(*shape):
+        return torch.empty(TOKENS, *shape, dtype=dtype)
+
+    def small(*shape):
+        return torch.empty(TOKENS, *shape)
+
+    coefficients = coefficients or n * n + 2 * n
+    x, g, du, y = wide(n, width), wide(n, width), wide(views, width), wide(branches, width)
+    pre, mix, res = small(views, n), small(branches, n), small(n, n)
+    phi, dp, dss = torch.empty(coefficients, n * width), small(coefficients), small()
+    aggregate.aggregate(x, pre)
+    aggregate.aggregate_backward(du, x, pre)
+    pre_backward.aggregate_dots(du, x)
+    post.post(x, y, mix, res)
+    post.post_backward(g, x, y, mix, res, False)
+    post.post_backward(g, x, y, mix, res, True)
+    project.project(x, phi)
+    pre_backward.pre_dx(x, du, pre, phi, dp, dss, g, res)
+    pre_backward.pre_dx(x, du, pre, phi, dp, dss)
+    pre_backward.project_backward(dp, dss, x, phi)
+
+
+def coefficients(width=2560, splits=4, **record):
+    """The kernels that turn a projection into coefficients, forward and backward."""
+    from custom_ops.kernels import constrain
+
+    c = Constraint(**record)
+    rows = (c.streams, c.rows) if c.projection == "stream" else (c.total,)
+    squares = rows[:-1]
+    alpha, bias = torch.empty(3), torch.empty(c.total)
+    p, ss = torch.empty(splits, TOKENS, *rows), torch.empty(splits, TOKENS, *squares)
+    constrain.constrain(p[0], ss[0], alpha, bias, width, c)
+    if splits > 1:
+        constrain.constrain(p, ss, alpha, bias, width, c, splits)
+    shapes = ((c.views, c.streams), (c.branches, c.streams), (c.streams, c.streams))
+    gradients = [torch.empty(TOKENS, *shape) for shape in shapes]
+    constrain.constrain_backward(*gradients, p[0], ss[0], alpha, bias, width, c)
+
+
+def matrices(n, sinkhorn=True):
+    """Sinkhorn and Newton–Schulz on their own."""
+    from custom_ops.kernels import newton_schulz as polar
+    from custom_ops.kernels import sinkhorn as balance
+
+    matrix, c = torch.empty(TOKENS, n, n), Constraint(4)
+    if sinkhorn:
+        rule = (c.iterations, c.start, c.first, c.denominator, c.eps)
+        balance.sinkhorn(matrix, *rule)
+        balance.sinkhorn_backward(matrix, matrix, *rule)
+    polar.newton_schulz(matrix, c.schedule)
+    polar.newton_schulz_backward(matrix, matrix, c.schedule)
+
+
+GROUPS = {
+    "four": {
+        "bf16": partial(streams, 4),
+        "fp32": partial(streams, 4, torch.float32),
+        "fp16": partial(streams, 4, torch.float16),
+        "odd width": partial(streams, 4, width=5129),
+        "two views": partial(streams, 4, views=2, branches=2),
+    },
+    "others": {
+        "n=2": partial(streams, 2),
+        "n=8": partial(streams, 8),
+        "n=6": partial(streams, 6),
+        "n=16": partial(streams, 16, width=1280),
+        "n=5 fp32": partial(streams, 5, torch.float32),
+    },
+    "coefficients": {
+        "mhc n=4": partial(coefficients, streams=4),
+        "v4": partial(coefficients, streams=4, transpose=True, start="softmax", first="row",
+                      denominator="add", splits=1),
+        "ortho n=4": partial(coefficients, streams=4, splits=1, **ORTHO),
+        "lite n=4": partial(coefficients, streams=4, manifold="permutation", splits=1),
+        "dhc n=4": partial(coefficients, streams=4, projection="stream", manifold="linear",
+                           squash="tanh", pre="linear", post="linear", views=2, splits=1),
+        "mhc n=2": partial(coefficients, streams=2, splits=1),
+        "mhc n=8": partial(coefficients, streams=8, splits=1),
+        "ortho n=8": partial(coefficients, streams=8, splits=1, **ORTHO),
+        "matrices n=4": partial(matrices, 4),
+        "matrices n=8": partial(matrices, 8),
+        "matrices n=16": partial(matrices, 16),
+    },
+    "main": {
+        "bf16": partial(streams, 4),
+        "n=8": partial(streams, 8),
+        "mhc n=4": partial(coefficients, streams=4, splits=1),
+        "ortho n=8": partial(coefficients, streams=8, splits=1, **ORTHO),
+    },
+}  # fmt: skip
+
+
+def kernels() -> set[str]:
+    """Names of the kernels: jitted functions that no other jitted function calls."""
+    found = {}
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if name.startswith("hc_") and isinstance(value, triton.runtime.JITFunction):
+                found[name] = value.src
+    called = {
+        name
+        for name in found
+        for other, source in found.items()
+        if other != name and re.search(rf"\b{name}\(", source)
+    }
+    return set(found) - called
+
+
+def main(capability: int, groups: list[str]) -> None:
+    """Compile the cases of some groups; with capability 0 only name what all would compile."""
+    recorder = Recorder(names_only=capability == 0)
+    triton.runtime.driver.set_active(Driver(capability))
+    for module in MODULES:
+        if hasattr(module, "launch"):
+            module.launch = recorder
+        if hasattr(module, "before_hopper"):
+            module.before_hopper = lambda device: 0 < capability < 90
+    for group in groups or GROUPS:
+        for recorder.case, compile_case in GROUPS[group].items():
+            compile_case()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
