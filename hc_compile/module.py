@@ -106,12 +106,11 @@ class HyperConnection(nn.Module):
 
 
 def _gradient_in_one_graph() -> bool:
-    """Whether pre and its post are compiled together for training (see custom_ops/post.py)."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and torch.is_grad_enabled()
-    )
+    """Whether Dynamo compiles pre and its post for training (see custom_ops/post.py).
+
+    Not `torch.compiler.is_exporting()`: under torch.compile, torch 2.11 folds it to True.
+    """
+    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 def _write(x: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None, y: Tensor) -> Tensor:

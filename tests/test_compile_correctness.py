@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hc_compile as hc
+from hc_compile.passes.graph import arguments, is_op
 from tests.passes.test_fuse_post_pre import assert_close, run
 from tests.test_presets import DIM, PRESETS, Net, draw
 
@@ -153,6 +154,24 @@ def test_compiled_blocks_with_carried_state():
 
     h = draw(2, 5, DIM)
     assert_close(run(net, net, h), run(function, net, h))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_pass_forms_the_gradient_of_the_streams(training):
+    """Compiled for training, pre makes a ghost and post takes it; otherwise there is none."""
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm.graph)
+        return gm
+
+    layer = hc.HyperConnection(hc.HCConfig(DIM, 4, "mhc"), 1, branch=torch.tanh)
+    with torch.set_grad_enabled(training):
+        torch.compile(layer, backend=backend, fullgraph=True)(draw(3, 4, DIM))
+    (pre,) = (node for node in graphs[0].nodes if is_op(node, "pre"))
+    (post,) = (node for node in graphs[0].nodes if is_op(node, "post"))
+    assert arguments(pre, "pre")["with_ghost"] is training
+    assert (arguments(post, "post")["ghost"] is not None) is training
 
 
 def test_export_keeps_the_ops_and_decomposes():
