@@ -27,7 +27,7 @@ MODULES = [
     importlib.import_module(f"custom_ops.kernels.{found.name}")
     for found in pkgutil.iter_modules(custom_ops.kernels.__path__)
 ]
-TOKENS = 3  # nothing is specialised on the number of tokens
+TOKENS = 48  # nothing is specialised on the number of tokens; Widened wants a multiple of 16
 MHC = {"iterations": 20}
 ORTHO = {"manifold": "newton-schulz"}
 
@@ -79,6 +79,26 @@ class Recorder:
             shared = compiled.metadata.shared
             row = {"kernel": kernel.__name__, "case": self.case, "shared": shared}
             print(json.dumps(row | resources(compiled.asm["cubin"])), flush=True)
+
+
+class Widened:
+    """Takes the place of `launch`: do the kernels of small matrices still access words alone?
+
+    Their layout hint is false where a token's matrix is not one number (tile.py), so no access
+    may become a vector, not even with every argument's divisibility known, as Inductor has it.
+    """
+
+    case = ""
+
+    def __call__(self, kernel, grid, *args, **meta):
+        if kernel.__module__.rpartition(".")[2] not in ("constrain", "sinkhorn", "newton_schulz"):
+            return
+        if "slots" in kernel.__name__:
+            return
+        ptx = triton.jit(kernel.fn).warmup(*args, grid=grid, **meta).asm["ptx"]
+        vectors = len(re.findall(r"(?:ld|st)\.global\S*\.v[248]", ptx))
+        row = {"kernel": kernel.__name__, "case": self.case, "vectors": vectors}
+        print(json.dumps(row), flush=True)
 
 
 def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficients=None):
@@ -161,6 +181,8 @@ GROUPS = {
         "lite n=4": partial(coefficients, streams=4, manifold="permutation", splits=1),
         "dhc n=4": partial(coefficients, streams=4, projection="stream", manifold="linear",
                            squash="tanh", pre="linear", post="linear", views=2, splits=1),
+        "tanh n=4": partial(coefficients, streams=4, projection="stream", manifold="linear",
+                            pre="linear", post="linear", splits=1),
         "mhc n=2": partial(coefficients, streams=2, splits=1),
         "mhc n=8": partial(coefficients, streams=8, splits=1),
         "ortho n=8": partial(coefficients, streams=8, splits=1, **ORTHO),
@@ -194,14 +216,18 @@ def kernels() -> set[str]:
 
 
 def main(capability: int, groups: list[str]) -> None:
-    """Compile the cases of some groups; with capability 0 only name what all would compile."""
-    recorder = Recorder(names_only=capability == 0)
+    """Compile the cases of some groups; with capability 0 only name what all would compile.
+
+    Group "widened" compiles the coefficients for Widened instead of Recorder.
+    """
+    recorder = Widened() if groups == ["widened"] else Recorder(names_only=capability == 0)
     triton.runtime.driver.set_active(Driver(capability))
     for module in MODULES:
         if hasattr(module, "launch"):
             module.launch = recorder
         if hasattr(module, "before_hopper"):
             module.before_hopper = lambda device: 0 < capability < 90
+    groups = ["coefficients"] if groups == ["widened"] else groups
     for group in groups or GROUPS:
         for recorder.case, compile_case in GROUPS[group].items():
             compile_case()

@@ -64,3 +64,10 @@ def test_every_kernel_is_among_them():
     from tests.ahead_of_time import kernels
 
     assert {row["kernel"] for row in compiled("0")} == kernels()
+
+
+def test_the_layout_hint_never_widens_an_access():
+    """It did, once: dp of the dynamic HC came out wrong where T was known to divide by 16."""
+    rows = compiled("90", "widened")
+    assert len(rows) >= 20 and {row["case"] for row in rows} >= {"tanh n=4", "mhc n=4"}
+    assert [row for row in rows if row["vectors"]] == []

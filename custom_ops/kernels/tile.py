@@ -33,14 +33,12 @@ def hc_offsets(
 ):
     """Element offsets [A, B, BT] of one small matrix a token.
 
-    The hint orders the layout, tokens first; it cannot widen a load, because the offsets have no
-    known divisibility. A stride of 0 is hidden, else the addition and its hint would be folded.
+    The hint orders the layout, tokens first. It is false where stride_t is not 1, so it must never
+    widen an access: the zero that went through a float leaves the offsets no known divisibility,
+    whatever the strides, alignments and number of tokens are known to be.
     """
     inner = hc_axis(A)[:, None, None] * stride_a + hc_axis(B)[None, :, None] * stride_b
-    if stride_t == 0:
-        rows = (tokens.to(tl.float32) * 0.0).to(tl.int64)
-    else:
-        rows = tokens * stride_t
+    rows = tokens * stride_t + (tokens.to(tl.float32) * 0.0).to(tl.int64)
     return tl.max_contiguous(inner + rows[None, None, :], (1, 1, BT))
 
 
