@@ -1,0 +1,215 @@
+"""Forward of the boundary: the streams written and projected in one pass, then read back once."""
+# ruff: noqa: RUF005 (Triton has no starred tuples)
+
+import torch
+import triton
+import triton.language as tl
+
+from custom_ops.constraint import Constraint
+from custom_ops.kernels.constrain import constrain
+from custom_ops.kernels.launch import launch, plane_tile
+from custom_ops.kernels.project import project_operand
+
+
+@triton.jit
+def hc_columns_of(ptr, t_offs, t_mask, COUNT: tl.constexpr):
+    """COUNT coefficients of each token, [BLOCK_T, 1] each."""
+    columns = ()
+    for index in tl.static_range(COUNT):
+        column = tl.load(ptr + t_offs * COUNT + index, mask=t_mask, other=0.0)
+        columns = columns + (column[:, None],)
+    return columns
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def hc_post_project(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    res_ptr,
+    phi_ptr,
+    out_ptr,
+    p_ptr,
+    ss_ptr,
+    tokens,
+    width,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    HALVES: tl.constexpr,
+    DOT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x' of BLOCK_T tokens over one of SPLITS spans of C, and the span's share of p and Σx'²."""
+    split = tl.program_id(0) % SPLITS
+    t_offs = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_mask = t_offs < tokens
+    c_offs = tl.arange(0, BLOCK_C)
+    row_offs = tl.arange(0, BLOCK_M * HALVES)
+    row_mask = row_offs < M * HALVES
+    phi_rows = phi_ptr + row_offs[:, None].to(tl.int64) * (N * width) + c_offs[None, :]
+    rows = t_offs[:, None] * (N * width) + c_offs[None, :]
+    y_rows = y_ptr + t_offs[:, None] * width + c_offs[None, :]
+    post = hc_columns_of(post_ptr, t_offs, t_mask, N)
+    res = hc_columns_of(res_ptr, t_offs, t_mask, N * N)
+    p = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    span = tl.cdiv(width, SPLITS * BLOCK_C) * BLOCK_C
+    start = split * span
+    for c in tl.range(start, tl.minimum(start + span, width), BLOCK_C, num_stages=STAGES):
+        c_mask = c + c_offs < width
+        mask = t_mask[:, None] & c_mask[None, :]
+        y_tile = tl.load(y_rows + c, mask=mask, other=0.0)
+        x_tiles = ()
+        for j in tl.static_range(N):
+            x_tile = tl.load(x_ptr + rows + (j * width + c), mask=mask, other=0.0)
+            x_tiles = x_tiles + (x_tile,)
+        product = tl.zeros([BLOCK_M * HALVES, BLOCK_T], tl.float32)
+        phi_mask = row_mask[:, None] & c_mask[None, :]
+        for i in tl.static_range(N):
+            wide = post[i] * y_tile.to(tl.float32)
+            for j in tl.static_range(N):
+                wide += res[i * N + j] * x_tiles[j].to(tl.float32)
+            written = wide.to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + rows + (i * width + c), written, mask=mask)
+            wide = written.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            phi = tl.load(phi_rows + (i * width + c), mask=phi_mask, other=0.0)
+            turned = tl.trans(written.to(phi.dtype))  # φ on the left: x' then goes in as it lies
+            product = tl.dot(phi, turned, product, input_precision=DOT)
+        if HALVES == 2:  # finished here: the tensor cores are done with this turn's buffers
+            product = tl.sum(tl.reshape(product, [BLOCK_M, 2, BLOCK_T]), axis=1)
+        p += product
+    slot = split.to(tl.int64) * tokens + t_offs
+    m_offs = tl.arange(0, BLOCK_M)
+    mask = t_mask[None, :] & (m_offs < M)[:, None]
+    tl.store(p_ptr + slot[None, :] * M + m_offs[:, None], p, mask=mask)
+    tl.store(ss_ptr + slot, squares, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def hc_aggregate_recent(
+    x_ptr,
+    pre_ptr,
+    u_ptr,
+    tokens,
+    width,
+    N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """u = Σ_i pre_i x_i, last token first: what was written last is still in L2."""
+    tiles = tl.cdiv(width, BLOCK_C)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    token = (tile // tiles).to(tl.int64)
+    c_offs = (tile % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c_offs < width
+    total = tl.zeros([BLOCK_C], tl.float32)
+    x_rows = x_ptr + token * (N * width) + c_offs
+    x_tiles = ()
+    for i in tl.static_range(N):
+        x_tile = tl.load(x_rows + i * width, mask=mask, other=0.0, eviction_policy="evict_first")
+        x_tiles = x_tiles + (x_tile,)
+    for i in tl.static_range(N):
+        total += tl.load(pre_ptr + token * N + i) * x_tiles[i].to(tl.float32)
+    tl.store(u_ptr + token * width + c_offs, total.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+def post_project(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    post: torch.Tensor,
+    res: torch.Tensor,
+    phi: torch.Tensor,
+    tile: dict | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x'_i = Σ_j res_ij x_j + post_i y, and the split-K partials of p = x' φᵀ and ss = Σx'².
+
+    Args: x [T, n, C], y [T, C] float, post [T, n], res [T, n, n], phi [M, n·C] fp32; contiguous,
+    n ≤ 4, M ≤ 32.
+    Returns: x' [T, n, C] in x's dtype, p [S, T, M] and ss [S, T] fp32.
+    Moves: 2n + 1. A token's result does not depend on the others.
+    """
+    tokens, count, width = x.shape
+    coefficients = phi.shape[0]
+    operand, halves, dot = project_operand(phi, x.dtype, "bf16x2")
+    tile = post_project_tile(coefficients, operand.dtype) if tile is None else tile
+    splits = max(1, min(4, count * width // 1024))
+    out = torch.empty_like(x)
+    p = phi.new_empty(splits, tokens, coefficients)
+    ss = phi.new_empty(splits, tokens)
+    launch(
+        hc_post_project,
+        (triton.cdiv(tokens, tile["BLOCK_T"]) * splits,),
+        x,
+        y,
+        post,
+        res,
+        operand,
+        out,
+        p,
+        ss,
+        tokens,
+        width,
+        N=count,
+        M=coefficients,
+        HALVES=halves,
+        DOT=dot,
+        SPLITS=splits,
+        **tile,
+    )
+    return out, p, ss
+
+
+def post_project_tile(coefficients: int, operand: torch.dtype) -> dict:
+    """Tile of `post_project`, from M and the type its operands have in the tensor cores."""
+    half = operand == torch.bfloat16
+    return {
+        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),
+        "BLOCK_T": 64 if half else 32,
+        "BLOCK_C": 64 if half else 32,
+        "STAGES": 3 if half else 2,
+        "num_warps": 8 if half else 4,
+    }
+
+
+def aggregate_recent(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """u = Σ_i pre_i x_i of an x that was just written.
+
+    Args: x [T, n, C] float, pre [T, 1, n] fp32; both contiguous.
+    Returns: u [T, C] in x's dtype.
+    Moves: n + 1, less what L2 still holds of x.
+    """
+    tokens, count, width = x.shape
+    u = x.new_empty(tokens, width)
+    tile = plane_tile(width)
+    del tile["BLOCK_T"]
+    grid = (tokens * triton.cdiv(width, tile["BLOCK_C"]),)
+    launch(hc_aggregate_recent, grid, x, pre, u, tokens, width, N=count, **tile)
+    return u
+
+
+def post_pre(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    post: torch.Tensor,
+    res: torch.Tensor,
+    phi: torch.Tensor,
+    alpha: torch.Tensor,
+    bias: torch.Tensor,
+    c: Constraint,
+) -> tuple[torch.Tensor, ...]:
+    """x', u [T, C], pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
+
+    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 3n + 2.
+    """
+    streams, p, ss = post_project(x, y, post, res, phi)
+    splits, width = p.shape[0], c.norm_width(x.shape[-1])
+    if splits > 1:
+        pre, post, res, p, ss = constrain(p, ss, alpha, bias, width, c, splits)
+    else:
+        p, ss = p[0].clone(), ss[0].clone()
+        pre, post, res = constrain(p, ss, alpha, bias, width, c)
+    return streams, aggregate_recent(streams, pre), pre, post, res, p, ss
