@@ -16,7 +16,9 @@ from custom_ops import reference
 from custom_ops.constraint import Constraint, parse
 from custom_ops.registration import define, double_backward, flat, use_triton
 
-FUSED_FORWARD = False  # whether the forward's kernels are used where they fit
+# Whether the fused kernels are used where they fit. Off: right under the interpreter, but not yet
+# timed on a device against the composite, which is.
+FUSED_FORWARD = False
 FUSED_BACKWARD = False
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
