@@ -9,7 +9,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 CAN_RUN = INTERPRETED or torch.cuda.is_available()
 # The same tests run interpreted on the CPU, in a process with TRITON_INTERPRET=1, or on a GPU.
-needs_kernels = [
+anywhere = [
     pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu,
     pytest.mark.skipif(not CAN_RUN, reason="needs CUDA or TRITON_INTERPRET=1"),
 ]
@@ -102,3 +102,22 @@ def check(case: Sublayer, outputs: dict[str, torch.Tensor], slack: float = 4e-6)
         allowed += torch.finfo(out.dtype).eps  # eager is exact by luck on a few elements
         assert out.shape == exact[name].shape, name
         assert worst(out, exact[name]) <= allowed, (name, worst(out, exact[name]), allowed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error as a fraction of the largest exact value, at least 0.01; NaN counts as inf."""
+    difference = (value.double() - exact.double()).abs().max().item()
+    scale = max(exact.double().abs().max().item(), 1e-2)
+    return difference / scale if difference == difference else float("inf")
+
+
+def check(value: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, slack: float = 2e-6):
+    """The kernel's error against float64 is at most twice eager fp32's, plus a slack."""
+    assert value.shape == exact.shape
+    assert error(value, exact) <= 2 * error(eager, exact) + slack

@@ -6,7 +6,7 @@ import torch
 from custom_ops import reference
 from custom_ops.constraint import Constraint
 from custom_ops.kernels.constrain import constrain, constrain_backward
-from tests.kernels.small import DEVICE, INTERPRETED, anywhere, check, normal
+from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, check, normal
 
 pytestmark = anywhere
 WIDTH = 640

@@ -6,7 +6,7 @@ import torch
 from custom_ops import reference
 from custom_ops.constraint import NEWTON_SCHULZ_SCHEDULE
 from custom_ops.kernels.newton_schulz import newton_schulz, newton_schulz_backward
-from tests.kernels.small import DEVICE, INTERPRETED, anywhere, check, normal
+from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, check, normal
 
 pytestmark = anywhere
 SHORT = ((3.0, -3.2, 1.2),) * 5

@@ -7,7 +7,7 @@ from custom_ops import post_pre as op
 from custom_ops import reference
 from custom_ops.constraint import Constraint
 from tests.conftest import worst
-from tests.kernels.small import DEVICE, INTERPRETED, anywhere, normal
+from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, normal
 
 pytestmark = anywhere
 

@@ -11,13 +11,13 @@ from tests.kernels.cases import (
     INTERPRETED,
     SHAPES,
     Sublayer,
+    anywhere,
     check,
-    needs_kernels,
     on_gpu,
     worst,
 )
 
-pytestmark = needs_kernels
+pytestmark = anywhere
 SPLIT = 2e-4  # worst element of a product with 16 mantissa bits, both factors at 4 sigma
 
 

@@ -5,7 +5,7 @@ import torch
 
 from custom_ops import reference
 from custom_ops.kernels.sinkhorn import sinkhorn, sinkhorn_backward
-from tests.kernels.small import DEVICE, INTERPRETED, anywhere, check, normal
+from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, check, normal
 
 pytestmark = anywhere
 TOKENS = 5 if INTERPRETED else 1003

@@ -11,13 +11,13 @@ from tests.kernels.cases import (
     DTYPES,
     SHAPES,
     Sublayer,
+    anywhere,
     check,
-    needs_kernels,
     on_gpu,
     worst,
 )
 
-pytestmark = needs_kernels
+pytestmark = anywhere
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
