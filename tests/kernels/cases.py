@@ -90,7 +90,7 @@ def worst(out: torch.Tensor, exact: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def check(case: Sublayer, outputs: dict[str, torch.Tensor], slack: float = 4e-6) -> None:
+def check_sublayer(case: Sublayer, outputs: dict[str, torch.Tensor], slack: float = 4e-6) -> None:
     """Each output is at most twice as wrong as fp32 torch rounded to the same dtype, + slack.
 
     The interpreter truncates to bf16 where the device rounds, so it is allowed twice that.

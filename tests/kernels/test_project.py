@@ -12,7 +12,7 @@ from tests.kernels.cases import (
     SHAPES,
     Sublayer,
     anywhere,
-    check,
+    check_sublayer,
     on_gpu,
     worst,
 )
@@ -26,15 +26,15 @@ SPLIT = 2e-4  # worst element of a product with 16 mantissa bits, both factors a
 def test_project(shape, dtype):
     case = Sublayer(*shape, dtype)
     p, ss = project(case.x, case.phi)
-    check(case, {"p": p}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6)
-    check(case, {"ss": ss})
+    check_sublayer(case, {"p": p}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6)
+    check_sublayer(case, {"ss": ss})
 
 
 @pytest.mark.parametrize("coefficients", [1, 35, 80, 130, 300])
 def test_project_takes_any_number_of_coefficients(coefficients):
     case = Sublayer(3, 2, 40, torch.bfloat16, coefficients=coefficients)
     p, ss = project(case.x, case.phi)
-    check(case, {"p": p, "ss": ss}, slack=SPLIT)
+    check_sublayer(case, {"p": p, "ss": ss}, slack=SPLIT)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -62,14 +62,16 @@ def test_project_refuses_an_unknown_precision():
 def test_pre_dx(shape, dtype, views):
     case = Sublayer(*shape, dtype, views=views)
     dx, dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
-    check(case, {"dx": dx, "dphi": dphi}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6)
+    check_sublayer(
+        case, {"dx": dx, "dphi": dphi}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_project_backward(shape):
     case = Sublayer(*shape, torch.bfloat16)
     dx, dphi = project_backward(case.dp, case.dss, case.x, case.phi)
-    check(case, {"project_dx": dx, "dphi": dphi}, slack=SPLIT)
+    check_sublayer(case, {"project_dx": dx, "dphi": dphi}, slack=SPLIT)
 
 
 def test_a_token_does_not_see_the_others():

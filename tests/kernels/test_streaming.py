@@ -12,7 +12,7 @@ from tests.kernels.cases import (
     SHAPES,
     Sublayer,
     anywhere,
-    check,
+    check_sublayer,
     on_gpu,
     worst,
 )
@@ -26,8 +26,8 @@ pytestmark = anywhere
 def test_aggregate(shape, dtype, views):
     case = Sublayer(*shape, dtype, views=views)
     dx, dpre = aggregate_backward(case.du, case.x, case.pre)
-    check(case, {"u": aggregate(case.x, case.pre), "read_dx": dx, "dpre": dpre})
-    check(case, {"dpre": aggregate_dots(case.du, case.x)})
+    check_sublayer(case, {"u": aggregate(case.x, case.pre), "read_dx": dx, "dpre": dpre})
+    check_sublayer(case, {"dpre": aggregate_dots(case.du, case.x)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,12 +35,12 @@ def test_aggregate(shape, dtype, views):
 @pytest.mark.parametrize("branches", [1, 2])
 def test_post(shape, dtype, branches):
     case = Sublayer(*shape, dtype, branches=branches)
-    check(case, {"out": post(case.x, case.y, case.post, case.res)})
+    check_sublayer(case, {"out": post(case.x, case.y, case.post, case.res)})
     for need_dx in (False, True):
         dx, dy, dpost, dres = post_backward(case.g, case.x, case.y, case.post, case.res, need_dx)
         outputs = {"dy": dy, "dpost": dpost, "dres": dres}
         assert (dx is not None) == need_dx
-        check(case, outputs | ({"mixed": dx} if need_dx else {}))
+        check_sublayer(case, outputs | ({"mixed": dx} if need_dx else {}))
 
 
 def test_post_takes_a_branch_of_another_dtype():
@@ -49,7 +49,7 @@ def test_post_takes_a_branch_of_another_dtype():
     out = post(case.x, case.y, case.post, case.res)
     _, dy, _, _ = post_backward(case.g, case.x, case.y, case.post, case.res, False)
     assert out.dtype == torch.float32 and dy.dtype == torch.float16
-    check(case, {"out": out, "dy": dy})
+    check_sublayer(case, {"out": out, "dy": dy})
 
 
 def test_a_token_does_not_see_the_others():
