@@ -1,6 +1,8 @@
 """The README's before and after run as they stand, and its preset table is complete."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -8,7 +10,8 @@ from torch import nn
 
 import hc_compile as hc
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def run_block(number):
@@ -42,3 +45,13 @@ def test_preset_table_lists_every_preset():
     assert list(listed) == list(hc.PRESETS)
     for name, row in hc.PRESETS.items():
         assert row.equals_residual == (not listed[name].startswith("no")), name
+
+
+def test_benchmark_table_is_the_recorded_run():
+    """Figures in the README come from recorded files, to the digit."""
+    recorded = "profiles/results/sublayer_h100_2026-11-23.json"
+    command = [sys.executable, "-m", "scripts.bench_ops", "--render", recorded]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) >= 5
+    assert all(row in README for row in rows)
