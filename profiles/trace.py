@@ -83,9 +83,10 @@ class Trace:
         return {name: (calls[name] / self.steps, micros[name] / self.steps) for name in order}
 
     def to_json(self) -> dict:
-        """The trace as plain data, kernels in order of time."""
+        """The trace as plain data, kernels in order of time, the file by its folder and name."""
+        path = "/".join(Path(self.path).parts[-2:])
         kernels = sorted(self.kernels.values(), key=lambda kernel: -kernel.micros)
-        return {**asdict(self), "kernels": [asdict(kernel) for kernel in kernels]}
+        return {**asdict(self), "path": path, "kernels": [asdict(kernel) for kernel in kernels]}
 
 
 def category(name: str) -> str:

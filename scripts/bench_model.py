@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -33,7 +32,7 @@ from profiles.dense_net import (
     warm_compiler,
 )
 from scripts.bench_ops import note
-from scripts.machine import describe
+from scripts.machine import describe, recorded_command
 
 NETS = {
     2560: Net(2560, heads=20, ffn=6912),
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     rounds, repeats = (2, 5) if args.quick or not cuda else (6, 10)
     data: dict = {
         "kind": "bench_model",
-        "command": shlex.join(["python", "-m", "scripts.bench_model", *argv]),
+        "command": recorded_command("scripts.bench_model", argv),
         "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
         "nets": [{**asdict(net), "dtype": str(net.dtype)} for net in nets],
         "rounds": rounds,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import torch
 from profiles import catalog_bench, peers, tables
 from profiles.sublayer import WAYS, Shape, SublayerCost, Way, measure_sublayer, units
 from profiles.timing import Effort, copy_bandwidth, floor_ms, measuring
-from scripts.machine import describe
+from scripts.machine import describe, recorded_command
 
 TABLES = ("small", "sublayer", "ops")
 FOUR = (Shape(8192, 2560), Shape(16384, 4096), Shape(4096, 7168), Shape(32768, 1280))
@@ -186,7 +185,7 @@ def header(args: argparse.Namespace, argv: list[str], plan: Plan) -> dict:
     """What a record says before any figure."""
     return {
         "kind": "bench_ops",
-        "command": shlex.join(["python", "-m", "scripts.bench_ops", *argv]),
+        "command": recorded_command("scripts.bench_ops", argv),
         "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
         "peers": peers.installed() if plan.peers else {},
         "dtype": "bfloat16",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +64,11 @@ def git_commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def recorded_command(module: str, argv: list[str]) -> str:
+    """The command as a record keeps it: files by their names, not where they lay."""
+    return shlex.join(["python", "-m", module, *(Path(argument).name for argument in argv)])
 
 
 def describe(device: str) -> dict[str, object]:
