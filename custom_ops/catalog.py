@@ -138,9 +138,8 @@ def _call_post_pre(variant, x, y, post, res, *parameters):
 
 
 def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:
-    """n from the shapes that constrain sees."""
+    c = CONSTRAINTS[variant]
     for n in range(1, 17):
-        c = CONSTRAINTS[variant]
         if c.get("manifold") == "permutation" and n > 5:
             break
         if Constraint(n, **c).total == bias.shape[0]:

@@ -111,10 +111,9 @@ def _fused_forward(x, y, post, res, phi, alpha, bias, c: Constraint, with_ghost:
     lead = x.shape[:-2]
     write = (flat(x, 2), flat(y, 1), flat(post, 1).float(), flat(res, 2).float())
     parameters = (phi.float().contiguous(), alpha.float(), bias.float())
-    streams, u, *coefficients, p, ss = kernels.post_pre(*write, *parameters, c)
-    made = (
-        t.reshape(*lead, *own) for t, own in zip(coefficients, con.token_shapes(c), strict=True)
-    )
+    streams, u, pre, post, res, p, ss = kernels.post_pre(*write, *parameters, c)
+    shapes = [(*lead, *own) for own in con.token_shapes(c)]
+    made = pre.reshape(shapes[0]), post.reshape(shapes[1]), res.reshape(shapes[2])
     ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
     streams, u = streams.reshape(x.shape), u.reshape(*lead, x.shape[-1])
     return streams, u, *made, p.reshape(*lead, -1), ss.reshape(lead), ghost
