@@ -83,9 +83,17 @@ def _constraint(variant: str, n: int) -> Constraint:
     return Constraint(n, **CONSTRAINTS[variant])
 
 
+def _bias(c: Constraint, generator: torch.Generator) -> Tensor:
+    """b of order 1; away from singular matrices, where Newton–Schulz amplifies any rounding."""
+    bias = _draw(generator, c.total)
+    if c.manifold == "newton-schulz":
+        bias[-c.sizes[2] :] += 4 * torch.eye(c.streams, dtype=bias.dtype).flatten()
+    return bias
+
+
 def _parameters(c: Constraint, width: int, generator: torch.Generator) -> Tensors:
     """φ, α and b with logits of order 1 (empty φ and α if static)."""
-    bias = _draw(generator, c.total)
+    bias = _bias(c, generator)
     if c.projection == "static":
         return (bias,)
     phi = _draw(generator, c.rows, c.norm_width(width)) / c.norm_width(width) ** 0.5
@@ -123,7 +131,7 @@ def _constrain_inputs(variant, tokens, n, width, generator) -> Tensors:
     rows = (n,) if c.projection == "stream" else ()
     p = _draw(generator, tokens, *rows, c.rows)
     ss = width * _draw(generator, tokens, *rows).square() + 0.1
-    return p, ss, 1 + 0.1 * _draw(generator, 3), _draw(generator, c.total)
+    return p, ss, 1 + 0.1 * _draw(generator, 3), _bias(c, generator)
 
 
 def _call_pre(variant, x, *parameters):
@@ -182,6 +190,10 @@ def _small_inputs(variant, tokens, n, width, generator) -> Tensors:
     return (_draw(generator, tokens, n, n),)
 
 
+def _regular_inputs(variant, tokens, n, width, generator) -> Tensors:
+    return (4 * torch.eye(n, dtype=torch.float64) + _draw(generator, tokens, n, n),)
+
+
 def _flat_schedule(variant: str) -> list[float]:
     return [value for step in SCHEDULES[variant] for value in step]
 
@@ -200,7 +212,7 @@ ROWS = (
     Row(
         "newton_schulz",
         "polar factor",
-        _small_inputs,
+        _regular_inputs,
         lambda variant, m: (torch.ops.hc.newton_schulz(m, _flat_schedule(variant), 1e-7),),
         lambda variant, m: (reference.newton_schulz(m, SCHEDULES[variant], 1e-7),),
         (),

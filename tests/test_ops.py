@@ -126,14 +126,13 @@ def test_leading_dimensions_and_no_tokens(name, variant):
     n = min(3, row.max_streams.get(variant, 3))
     inputs = make_inputs(row, variant, 6, n, 5, torch.float64)
     flat = row.call(variant, *inputs)
-    token = [t.shape[0] == 6 and k < len(inputs) for k, t in enumerate(inputs)]
     per_token = _token_inputs(name, variant, inputs)
     folded = [t.unflatten(0, (2, 3)) if k in per_token else t for k, t in enumerate(inputs)]
     for a, b in zip(row.call(variant, *folded), flat, strict=True):
         assert torch.equal(a.reshape(b.shape), b)
     empty = [t[:0] if k in per_token else t for k, t in enumerate(inputs)]
     outs, grads = outputs_and_gradients(lambda *t: row.call(variant, *t), empty)
-    assert all(g.isfinite().all() for g in grads) and any(token)
+    assert all(g.isfinite().all() for g in grads)
     assert outs[0].numel() == 0 or variant == "static"
 
 
