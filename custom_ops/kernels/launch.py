@@ -8,6 +8,7 @@ number of tokens changes.
 import torch
 import triton
 
+from custom_ops.kernels.analysis import remember
 from custom_ops.registration import INTERPRETED
 
 
@@ -16,6 +17,7 @@ def launch(kernel, grid, *args, **meta) -> None:
     if INTERPRETED:  # wrap_triton rejects interpreted kernels
         kernel[grid](*args, **meta)
     else:
+        remember()
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
 
 
