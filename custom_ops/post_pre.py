@@ -2,8 +2,8 @@
 
 x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if asked, a ghost of x'.
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
-of boundaries every ∂x is formed once. Mandatory: 2n + 1 + (n + 1) C-units forward if x' is
-projected while it is made, 5n + 4 backward if ∂x' stays in registers.
+of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
+is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward.
 """
 
 import torch
@@ -16,25 +16,23 @@ from custom_ops import reference
 from custom_ops.constraint import Constraint, parse
 from custom_ops.registration import define, double_backward, flat, use_triton
 
-# Whether the fused kernels are used where they fit. Off: right under the interpreter, but not yet
-# timed on a device against the composite, which is.
-FUSED_FORWARD = False
-FUSED_BACKWARD = False
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
 FUSED_ALIGNMENT = 16  # other widths take narrow loads, whose addresses spill
 
 
 def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool:
-    """Whether the fused kernels take this boundary: few streams, one view and branch."""
+    """Whether one kernel writes x' and projects it: bf16, few streams, one view and branch."""
     per_token = post.dim() == x.dim() - 1 and res.dim() == x.dim()
     return (
         use_triton(x)
+        and x.dtype == torch.bfloat16
         and x.shape[-2] <= FUSED_STREAMS
         and x.shape[-1] % FUSED_ALIGNMENT == 0
         and y.dim() == x.dim() - 1
         and per_token
         and c.projection == "flat"
+        and c.precision == "bf16x2"
         and c.views == 1
         and 0 < c.total <= FUSED_COEFFICIENTS
     )
@@ -53,7 +51,7 @@ def forward(
     with_ghost: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
-    if FUSED_FORWARD and fits(x, y, post, res, c):
+    if fits(x, y, post, res, c):
         return _fused_forward(x, y, post, res, phi, alpha, bias, c, with_ghost)
     streams = post_op.forward(x, y, post, res)
     u, next_pre, next_post, next_res, p, ss, next_ghost = pre_op.forward(
@@ -91,12 +89,6 @@ def backward(
     post makes) belongs to it through resᵀ. With a ghost the first output is the whole of ∂x', the
     ghost's cotangent, instead of ∂x.
     """
-    c = parse(spec)
-    if FUSED_BACKWARD and fits(x, y, post, res, c):
-        cotangents = (g, du, dpre, dpost, dres, dghost)
-        parameters = (phi, alpha, bias)
-        made = (streams, next_pre, next_post, next_res, p, ss)
-        return _fused_backward(cotangents, x, y, post, res, parameters, made, c, has_ghost)
     saved = (phi, alpha, bias, next_pre, next_post, next_res, p, ss)
     total, dphi, dalpha, dbias = pre_op.backward(
         du, dpre, dpost, dres, dghost, streams, *saved, spec, g
@@ -117,42 +109,6 @@ def _fused_forward(x, y, post, res, phi, alpha, bias, c: Constraint, with_ghost:
     ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
     streams, u = streams.reshape(x.shape), u.reshape(*lead, x.shape[-1])
     return streams, u, *made, p.reshape(*lead, -1), ss.reshape(lead), ghost
-
-
-def _fused_backward(cotangents, x, y, post, res, parameters, made, c: Constraint, has_ghost: bool):
-    from custom_ops.kernels import post_pre_backward as kernels
-    from custom_ops.kernels.pre_backward import aggregate_dots
-
-    g, du, dpre, dpost, dres, dghost = cotangents
-    phi, alpha, bias = parameters
-    streams, next_pre, next_post, next_res, p, ss = made
-    du, rows = flat(du, 1), flat(streams, 2)
-    read = aggregate_dots(du.unsqueeze(1), rows).reshape(next_pre.shape).to(next_pre.dtype)
-    dp, dss, dalpha, dbias = con.backward(
-        read if dpre is None else read + dpre,
-        torch.zeros_like(next_post) if dpost is None else dpost,
-        torch.zeros_like(next_res) if dres is None else dres,
-        p, ss, alpha, bias, c.norm_width(x.shape[-1]), c.spec,
-    )  # fmt: skip
-    dx, dy, dpost, dres, dphi = kernels.post_pre_backward(
-        None if dghost is None else flat(dghost, 2),
-        None if g is None else flat(g, 2),
-        du,
-        flat(dp, 1),
-        dss.reshape(-1),
-        flat(x, 2),
-        flat(y, 1),
-        flat(post, 1).float(),
-        flat(res, 2).float(),
-        phi.float().contiguous(),
-        rows,
-        flat(next_pre, 1).float(),
-        flat(next_res, 2).float(),
-        has_ghost,
-    )
-    dx, dy, dphi = dx.reshape(x.shape), dy.reshape(y.shape), dphi.to(phi.dtype)
-    dpost, dres = dpost.reshape(post.shape), dres.reshape(res.shape)
-    return dx, dy, dpost.to(post.dtype), dres.to(res.dtype), dphi, dalpha, dbias
 
 
 def _fake(x, y, post, res, phi, alpha, bias, spec, ghost=None, with_ghost=False):

@@ -123,6 +123,7 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
             dss.reshape(-1).contiguous(),
             None if g is None else flat(g, 2),
             None if res is None else flat(res, 2).float(),
+            c.precision,
         )
         return dx.reshape(x.shape), dphi.to(phi.dtype)
     dtype = compute_dtype(x, pre)

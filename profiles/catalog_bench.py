@@ -105,6 +105,21 @@ def measure_row(
     return records
 
 
+@torch.no_grad()
+def measure_seam(shape: Shape, dtype: torch.dtype, device: str, effort: Effort) -> dict:
+    """One boundary of sublayers without gradients, in microseconds."""
+    row = CATALOG["post_pre"]
+    inputs = device_inputs(row, shape, dtype, device)
+    cost = measure(partial(row.call, variant_of(row), *inputs), device, effort)
+    return {
+        "tokens": shape.tokens,
+        "width": shape.width,
+        "streams": shape.streams,
+        "us": cost.ms * 1e3,
+        "graph_us": None if cost.graph_ms is None else cost.graph_ms * 1e3,
+    }
+
+
 def traffic(
     row: Row, direction: str, shape: Shape, dtype: torch.dtype, cost: Cost, bandwidth: float
 ) -> dict:

@@ -74,13 +74,23 @@ def sublayer_table(records: list[Record]) -> str:
     """One line a way and shape: forward and train, with launches and as CUDA graphs, memory."""
     keys = {"forward_ms": 3, "train_ms": 3, "forward_graph_ms": 3, "train_graph_ms": 3}
     keys |= {"x_floor": 2, "peak_streams": 2, "saved_streams": 2, "first_seconds": 1}
+    places = list(dict.fromkeys(place(record) for record in records))
     rows = [
         [record["way"], place(record), *(number(record[key], n) for key, n in keys.items())]
-        for record in records
+        for record in sorted(records, key=lambda record: places.index(place(record)))
     ]
     header = ["sublayer", "T×C", "forward ms", "train ms"]
     graph = ["forward, CUDA graph ms", "train, CUDA graph ms", "train × floor"]
     return markdown([*header, *graph, "peak ÷ streams", "saved ÷ streams", "first call s"], rows)
+
+
+def seam_table(records: list[Record]) -> str:
+    """One line a shape: microseconds of a boundary without gradients."""
+    rows = [
+        [place(record), number(record["us"], 1), number(record["graph_us"], 1)]
+        for record in records
+    ]
+    return markdown(["seam, T×C", "µs", "µs, CUDA graph"], rows)
 
 
 def model_table(records: list[Record]) -> str:
@@ -107,6 +117,8 @@ def render(data: Record) -> str:
         return "\n\n".join([*parts, model_table(data["model"])])
     if data["sublayer"]:
         parts.append(sublayer_table(data["sublayer"]))
+    if data.get("seam"):
+        parts.append(seam_table(data["seam"]))
     if data["ops"]:
         parts.append(ops_table(data["ops"]))
     if data["small"]:

@@ -3,9 +3,10 @@
     python -m scripts.bench_ops [--quick | --full] [--json PATH] [--plot PATH] [--check BASELINE]
     python -m scripts.bench_ops --render PATH     # the README's tables from a recorded run
 
-Three tables: ops that move streams (ms, GB/s of mandatory bytes, × floor), ops on small matrices,
-and a sublayer with an opaque branch in every way to run it. × floor is time over mandatory bytes
-divided by the copy bandwidth of the same run. The last line of stdout is the run as JSON.
+Four tables: ops that move streams (ms, GB/s of mandatory bytes, × floor), ops on small matrices, a
+sublayer with an opaque branch in every way to run it, and the seam of two sublayers at few tokens.
+× floor is time over mandatory bytes divided by the copy bandwidth of the same run. The last line
+of stdout is the run as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,9 +28,10 @@ from profiles.sublayer import WAYS, Shape, SublayerCost, Way, measure_sublayer, 
 from profiles.timing import Effort, copy_bandwidth, floor_ms, measuring
 from scripts.machine import describe, recorded_command
 
-TABLES = ("small", "sublayer", "ops")
+TABLES = ("small", "seam", "sublayer", "ops")
 FOUR = (Shape(8192, 2560), Shape(16384, 4096), Shape(4096, 7168), Shape(32768, 1280))
 SMALL = Shape(16384, 16)
+SEAM = tuple(Shape(tokens, width) for width in (2560, 4096, 7168) for tokens in (1, 8, 64))
 SLOW_AT = FOUR[0]  # what takes long to compile is measured at one shape
 QUICK_WAYS = ("eager PyTorch", "ours, eager", "ours, hc.compile, chain of 4")
 FULL_ONLY = (
@@ -108,12 +111,20 @@ def bench_small(plan: Plan, device: str, bandwidth: float) -> Iterator[list[dict
         )
 
 
+def bench_seam(plan: Plan, device: str) -> Iterator[list[dict]]:
+    """The boundary of two sublayers as decoding runs it: few tokens, no gradients."""
+    for shape in SEAM if device.startswith("cuda") else plan.shapes:
+        note(f"seam at {shape.label}")
+        yield [catalog_bench.measure_seam(shape, torch.bfloat16, device, plan.effort)]
+
+
 def bench_sublayer(
     plan: Plan, device: str, bandwidth: float, ways: dict[str, Way], failed: dict[str, str]
 ) -> Iterator[list[dict]]:
-    """The whole sublayer, every way at every shape; a peer that fails is noted and left out."""
-    for shape in plan.shapes + plan.extra:
-        for name, way in ways.items():
+    """The whole sublayer, every way at every shape, peers last; one that fails is left out."""
+    own = {name: way for name, way in ways.items() if name in WAYS}
+    for some in (own, {name: way for name, way in ways.items() if name not in own}):
+        for shape, (name, way) in product(plan.shapes + plan.extra, some.items()):
             if name in FULL_ONLY and shape != SLOW_AT and device.startswith("cuda"):
                 continue
             note(f"sublayer, {name}, {shape.label}, n = {shape.streams}")
@@ -122,7 +133,7 @@ def bench_sublayer(
                     way, shape, torch.bfloat16, plan.iterations, device, plan.effort
                 )
             except Exception as error:  # another project's kernel must not end a long run
-                if name not in peers.LABELS.values():
+                if name in own:
                     raise
                 note(f"FAILED: {error}")
                 failed[f"{name}, {shape.label}, n = {shape.streams}"] = str(error)[:300]
@@ -167,6 +178,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         data["copy_gb_per_s"] = bandwidth / 1e9
         benches = {
             "small": bench_small(plan, args.device, bandwidth),
+            "seam": bench_seam(plan, args.device),
             "ops": bench_ops(plan, args.device, bandwidth),
             "sublayer": bench_sublayer(plan, args.device, bandwidth, ways, data["failed"]),
         }

@@ -128,18 +128,14 @@ def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficien
 
 
 def boundary(n, width=2560, dtype=torch.bfloat16):
-    """The kernels of a fused boundary, forward and backward."""
-    from custom_ops.kernels import post_pre, post_pre_backward
+    """The kernels of a fused boundary's forward."""
+    from custom_ops.kernels import post_pre
 
     c = Constraint(n)
     x, y = torch.empty(TOKENS, n, width, dtype=dtype), torch.empty(TOKENS, width, dtype=dtype)
     post, res = torch.empty(TOKENS, n), torch.empty(TOKENS, n, n)
     phi, alpha, bias = torch.empty(c.total, n * width), torch.empty(3), torch.empty(c.total)
-    dp, dss = torch.empty(TOKENS, c.total), torch.empty(TOKENS)
     post_pre.post_pre(x, y, post, res, phi, alpha, bias, c)
-    saved = (x, y, post, res, phi, x, post, res)
-    post_pre_backward.post_pre_backward(x, None, y, dp, dss, *saved, True)
-    post_pre_backward.post_pre_backward(None, x, y, dp, dss, *saved, False)
 
 
 def coefficients(width=2560, splits=4, **record):

@@ -22,9 +22,12 @@ def hc_aggregate(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """u_o = Σ_i weight_oi x_i (weight_io if TRANSPOSED) on BLOCK_T tokens × BLOCK_C columns."""
+    """u_o = Σ_i weight_oi x_i (weight_io if TRANSPOSED) on BLOCK_T tokens × BLOCK_C columns.
+
+    The last tokens come first: where x was just written, L2 still holds them.
+    """
     column_tiles = tl.cdiv(width, BLOCK_C)
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     token_offs = (tile // column_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column_offs = (tile % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     token_mask = token_offs < tokens

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 
 from custom_ops.constraint import Constraint
+from custom_ops.kernels.aggregate import aggregate
 from custom_ops.kernels.constrain import constrain
-from custom_ops.kernels.launch import launch, plane_tile
+from custom_ops.kernels.launch import launch
 from custom_ops.kernels.project import project_operand
 
 
@@ -90,33 +91,6 @@ def hc_post_project(
     tl.store(ss_ptr + slot, squares, mask=t_mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def hc_aggregate_recent(
-    x_ptr,
-    pre_ptr,
-    u_ptr,
-    tokens,
-    width,
-    N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """u = Σ_i pre_i x_i, last token first: what was written last is still in L2."""
-    tiles = tl.cdiv(width, BLOCK_C)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    token = (tile // tiles).to(tl.int64)
-    c_offs = (tile % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = c_offs < width
-    total = tl.zeros([BLOCK_C], tl.float32)
-    x_rows = x_ptr + token * (N * width) + c_offs
-    x_tiles = ()
-    for i in tl.static_range(N):
-        x_tile = tl.load(x_rows + i * width, mask=mask, other=0.0, eviction_policy="evict_first")
-        x_tiles = x_tiles + (x_tile,)
-    for i in tl.static_range(N):
-        total += tl.load(pre_ptr + token * N + i) * x_tiles[i].to(tl.float32)
-    tl.store(u_ptr + token * width + c_offs, total.to(u_ptr.dtype.element_ty), mask=mask)
-
-
 def post_project(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -175,22 +149,6 @@ def post_project_tile(coefficients: int, operand: torch.dtype) -> dict:
     }
 
 
-def aggregate_recent(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """u = Σ_i pre_i x_i of an x that was just written.
-
-    Args: x [T, n, C] float, pre [T, 1, n] fp32; both contiguous.
-    Returns: u [T, C] in x's dtype.
-    Moves: n + 1, less what L2 still holds of x.
-    """
-    tokens, count, width = x.shape
-    u = x.new_empty(tokens, width)
-    tile = plane_tile(width)
-    del tile["BLOCK_T"]
-    grid = (tokens * triton.cdiv(width, tile["BLOCK_C"]),)
-    launch(hc_aggregate_recent, grid, x, pre, u, tokens, width, N=count, **tile)
-    return u
-
-
 def post_pre(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -212,4 +170,4 @@ def post_pre(
     else:
         p, ss = p[0].clone(), ss[0].clone()
         pre, post, res = constrain(p, ss, alpha, bias, width, c)
-    return streams, aggregate_recent(streams, pre), pre, post, res, p, ss
+    return streams, aggregate(streams, pre).squeeze(1), pre, post, res, p, ss

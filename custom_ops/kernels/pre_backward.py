@@ -89,15 +89,15 @@ def pre_dx(
     dss: torch.Tensor,
     g: torch.Tensor | None = None,
     res: torch.Tensor | None = None,
-    dphi_parts: int = 3,
+    precision: str = "bf16x2",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx_j = Σ_i res_ij g_i + Σ_v pre_vj du_v + (φᵀdp)_j + 2·dss·x_j and dφ = Σ_t dp_t ⊗ x_t.
 
     Args: x [T, n, C], du [T, V, C] or None, g [T, n, C] or None, float; pre [T, V, n],
-    phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous. dphi_parts: at bf16 x,
-    dp enters dφ as 3 bf16 parts (relative error 1.7e-7 over 65,536 tokens, where an fp32 product
-    has 5.3e-7) or as 2 (2.5e-6), always as 2 where it takes its own pass; φᵀdp takes both factors
-    as tf32.
+    phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous. At bf16 x, dp enters
+    dφ as 2 bf16 parts (relative error 2.5e-6 over 65,536 tokens, where an fp32 product has 5.3e-7)
+    or, if precision is "ieee" and dφ does not take its own pass, as 3 (1.7e-7); φᵀdp takes both
+    factors as tf32.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
     Moves: 3n + 1; 4n + 1 where the sums of dφ do not fit the registers (n > 4, V > 1, M > 32).
     """
@@ -112,7 +112,7 @@ def pre_dx(
     if streams > 4 or views > 1 or phi.shape[0] > 32:
         wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g)
         return dx, wide_dphi(x, dp, phi)
-    return dx, fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g, dphi_parts)
+    return dx, fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g, precision)
 
 
 def project_backward(
@@ -120,12 +120,12 @@ def project_backward(
     dss: torch.Tensor,
     x: torch.Tensor,
     phi: torch.Tensor,
-    dphi_parts: int = 3,
+    precision: str = "bf16x2",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx = φᵀdp + 2·dss·x and dφ = Σ_t dp_t ⊗ x_t: `pre_dx` without du and g.
 
-    Args: dp [T, M], dss [T], phi [M, n·C] fp32, x [T, n, C] float; dphi_parts as in `pre_dx`.
+    Args: dp [T, M], dss [T], phi [M, n·C] fp32, x [T, n, C] float; precision as in `pre_dx`.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
     Moves: 2n (3n where `pre_dx` moves 4n + 1).
     """
-    return pre_dx(x, None, None, phi, dp, dss, dphi_parts=dphi_parts)
+    return pre_dx(x, None, None, phi, dp, dss, precision=precision)

@@ -201,11 +201,11 @@ def hc_pre_dx_sum(
     tl.store(dphi_ptr + offs, tl.trans(total), mask=mask)
 
 
-def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, parts: int):
+def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, precision: str):
     """dx, written, and dφ, returned; the arguments are those of `pre_dx`."""
     tokens, streams, width = x.shape
     coefficients = phi.shape[0]
-    tile = fused_tile(x, coefficients, parts)
+    tile = fused_tile(x, coefficients, precision)
     block_t = tile["BLOCK_T"]
     mix = packed_mix(pre, dss, res, streams, views, has_g, block_t)
     slices = triton.cdiv(width, tile["BLOCK_C"])
@@ -237,7 +237,7 @@ def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, part
     return dphi
 
 
-def fused_tile(x: torch.Tensor, coefficients: int, parts: int) -> dict:
+def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     """Tile of `fused_dx`: 64 tokens × 64 columns fill Hopper's tensor cores at bf16.
 
     Its spills lie outside the loop over tokens. Half as many tokens do not spill but took 1.25 to
@@ -248,7 +248,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, parts: int) -> dict:
     old = before_hopper(x.device)
     large = half and not old and x.shape[2] % 8 == 0
     return {
-        "PARTS": parts if half and not INTERPRETED else 1,
+        "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
         "DOT": "tf32" if half else "tf32x3",
         "BLOCK_T": 64 if large else 32 if half else 16,
         "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),

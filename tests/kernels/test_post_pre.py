@@ -19,8 +19,6 @@ LIMITS = {torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch):
-    monkeypatch.setattr(op, "FUSED_FORWARD", True)
-    monkeypatch.setattr(op, "FUSED_BACKWARD", True)
     monkeypatch.setattr(op, "FUSED_ALIGNMENT", 1)  # the kernels take any width
 
 
@@ -107,13 +105,14 @@ def test_a_token_does_not_see_the_others(dtype):
 
 def test_what_does_not_fit_takes_the_composite(monkeypatch):
     monkeypatch.setattr(op, "FUSED_ALIGNMENT", 16)
-    (x, y, post, res, *_), c = boundary(3, 4, 32, torch.float32)
+    (x, y, post, res, *_), c = boundary(3, 4, 32, torch.bfloat16)
     assert op.fits(x, y, post, res, c)
     assert not op.fits(x[..., 1:], y, post, res, c)
     assert not op.fits(x, y, post[0], res[0], c)
     assert not op.fits(x, y, post, res, Constraint(4, views=2))
     assert not op.fits(x, y[:, None], post[:, None], res, c)
-    assert not op.fits(x.double(), y, post, res, c)
+    assert not op.fits(x.half(), y, post, res, c)
+    assert not op.fits(x, y, post, res, Constraint(4, precision="ieee"))
 
 
 @pytest.mark.gpu

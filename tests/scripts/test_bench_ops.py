@@ -29,6 +29,7 @@ def test_every_table_is_recorded(recorded):
     }
     assert [r["way"] for r in data["sublayer"]][:2] == ["eager PyTorch", "ours, eager"]
     assert "ours, hc.compile, chain of 4" in {r["way"] for r in data["sublayer"]}
+    assert len(data["seam"]) == 1 and data["seam"][0]["us"] > 0
     assert recorded.with_suffix(".png").stat().st_size > 0
 
 
