@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,11 +48,17 @@ def test_preset_table_lists_every_preset():
         assert row.equals_residual == (not listed[name].startswith("no")), name
 
 
-def test_benchmark_table_is_the_recorded_run():
+@pytest.mark.parametrize(
+    "module, recorded, least",
+    [
+        ("scripts.bench_ops", "sublayer_h100_2026-11-23.json", 20),
+        ("scripts.bench_model", "model_h100_2026-11-23.json", 4),
+    ],
+)
+def test_benchmark_tables_are_recorded_runs(module, recorded, least):
     """Figures in the README come from recorded files, to the digit."""
-    recorded = "profiles/results/sublayer_h100_2026-11-23.json"
-    command = [sys.executable, "-m", "scripts.bench_ops", "--render", recorded]
+    command = [sys.executable, "-m", module, "--render", f"profiles/results/{recorded}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) >= 5
+    assert len(rows) >= least
     assert all(row in README for row in rows)
