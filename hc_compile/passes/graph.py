@@ -7,6 +7,11 @@ import torch
 from torch.fx import Graph, Node
 
 
+def has_ops(graph: Graph) -> bool:
+    """Whether the graph calls any hc:: op."""
+    return any(getattr(node.target, "__module__", "") == "torch._ops.hc" for node in graph.nodes)
+
+
 def is_op(node: object, name: str) -> bool:
     """Whether `node` calls `hc::name`, as an overload or as the packet that Dynamo emits."""
     if not isinstance(node, Node) or node.op != "call_function":
