@@ -8,7 +8,8 @@ from torch._inductor import config as inductor_config
 
 import hc_compile as hc
 from hc_compile.passes import PASSES, PassPipeline
-from tests.passes.test_fuse_post_pre import assert_close, count, run
+from tests.passes.harness import count
+from tests.passes.test_fuse_post_pre import assert_close, run
 from tests.test_presets import DIM, Net, draw
 
 
@@ -31,7 +32,7 @@ class Seen:
 
 @pytest.mark.compile
 def test_plain_compile_fuses_and_the_users_pass_sees_it():
-    net, h = Net(hc.HCConfig(DIM, 3, "mhc"), layers=2), draw(3, DIM)
+    net, h = Net(hc.HCConfig(DIM, 3, "mhc"), layers=3), draw(3, DIM)
     eager = run(net, net, h)
     own = inductor_config.pre_grad_custom_pass = Seen()
     hc.install()
