@@ -12,11 +12,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import custom_ops
+from hc_compile.passes.first_sublayer import first_sublayer
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
 from hc_compile.passes.graph import has_ops
+from hc_compile.passes.last_sublayer import last_sublayer
 
 GraphPass = Callable[[Graph], bool]
-PASSES: tuple[GraphPass, ...] = (fuse_post_pre,)
+PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer)
 
 
 def _sources() -> tuple[str, ...]:
