@@ -121,6 +121,16 @@ def _pre_inputs(variant, tokens, n, width, generator) -> Tensors:
     return _draw(generator, tokens, n, width), *_parameters(c, width, generator)
 
 
+def _post_inputs(variant, tokens, n, width, generator) -> Tensors:
+    c = Constraint(n, branches=2 if variant == "branches" else 1)
+    x, y, post, res = _write_inputs(c, tokens, width, generator)
+    if variant == "of one stream":
+        return x[:, :1], y, post, res[..., :1]
+    if variant == "to one stream":
+        return x, y, post[:, :1], res[:, :1]
+    return x, y, post, res
+
+
 def _post_pre_inputs(variant, tokens, n, width, generator) -> Tensors:
     c = _constraint(variant, n)
     return *_write_inputs(c, tokens, width, generator), *_parameters(c, width, generator)
@@ -258,14 +268,12 @@ ROWS = (
     Row(
         "post",
         "eq. 3",
-        lambda variant, tokens, n, width, generator: _write_inputs(
-            Constraint(n, branches=2 if variant else 1), tokens, width, generator
-        ),
+        _post_inputs,
         lambda variant, x, y, post, res: (torch.ops.hc.post(x, y, post, res),),
         lambda variant, x, y, post, res: (reference.post(x, y, post, res),),
         (0, 1),
         lambda n: (2 * n + 1, 3 * n + 2),
-        {"": {}, "branches": {}},
+        {"": {}, "branches": {}, "of one stream": {}, "to one stream": {}},
     ),
     Row(
         "pre",

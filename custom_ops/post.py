@@ -2,6 +2,10 @@
 
 Moves: 2n + W C-units forward; 2n + 2W backward, n more where dx is wanted.
 
+res need not be square: [.., n', n] makes n' streams of n. That is what the first sublayer of a
+network (one stream in) and its mean (one out) need; the kernels are for square res, the others are
+written out for Inductor.
+
 Ghost: `hc::pre` can also return an all-zero, zero-stride stand-in for x. A post that takes it
 sends its own cotangent through it and gives x no gradient, so that the backward of that pre forms
 the whole of ∂x in one pass instead of adding two stream tensors.
@@ -24,11 +28,17 @@ from custom_ops.registration import (
 
 def mix(res: Tensor, x: Tensor) -> Tensor:
     """Σ_j res_ij x_j in the dtype of the arguments, written out for Inductor to fuse."""
+    if x.shape[-2] == 1:
+        return res * x
     rows = [
         total(res[..., i, j, None] * x[..., j, :] for j in range(x.shape[-2]))
-        for i in range(x.shape[-2])
+        for i in range(res.shape[-2])
     ]
     return torch.stack(rows, -2)
+
+
+def _square(res: Tensor) -> bool:
+    return res.shape[-2] == res.shape[-1]
 
 
 def _expanded(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +54,7 @@ def forward(
     x: Tensor, y: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None = None
 ) -> Tensor:
     y, post, res = _expanded(x, y, post, res)
-    if use_triton(x):
+    if use_triton(x) and _square(res):
         from custom_ops.kernels import post as kernels
 
         out = kernels.post(flat(x, 2), flat(y, 2), flat(post, 2).float(), flat(res, 2).float())
@@ -61,7 +71,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (empty unless wanted), dy, dpost, dres."""
     y_all, post_all, res_all = _expanded(x, y, post, res)
-    if use_triton(x):
+    if use_triton(x) and _square(res):
         from custom_ops.kernels import post as kernels
 
         dx, dy, dpost, dres = kernels.post_backward(
@@ -90,17 +100,22 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four gradients in one dtype, y [..., W, C]."""
     dx = mix(res.mT, g) if need_dx else x.new_empty(0)
-    branches, streams = range(y.shape[-2]), range(x.shape[-2])
+    branches = range(y.shape[-2])
     dy = torch.stack(
-        [total(post[..., w, i, None] * g[..., i, :] for i in streams) for w in branches], -2
+        [
+            total(post[..., w, i, None] * g[..., i, :] for i in range(g.shape[-2]))
+            for w in branches
+        ],
+        -2,
     )
     dpost = torch.stack([(g * y[..., w, None, :]).sum(-1) for w in branches], -2)
-    dres = torch.stack([(g * x[..., j, None, :]).sum(-1) for j in streams], -1)
+    dres = torch.stack([(g * x[..., j, None, :]).sum(-1) for j in range(x.shape[-2])], -1)
     return dx, dy, dpost, dres
 
 
 def _fake(x, y, post, res, ghost=None):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-2], res.shape[-2], x.shape[-1])
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _backward_fake(g, x, y, post, res, need_dx):

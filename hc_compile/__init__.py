@@ -1,7 +1,7 @@
 """Hyper-connections for PyTorch, made for torch.compile."""
 
 from hc_compile import functional
-from hc_compile.backend import compile
+from hc_compile.backend import compile, install, uninstall
 from hc_compile.config import HCConfig
 from hc_compile.module import (
     HyperConnection,
@@ -28,7 +28,9 @@ __all__ = [
     "compile",
     "expand_streams",
     "functional",
+    "install",
     "parameter_groups",
     "reduce_streams",
     "resolve",
+    "uninstall",
 ]

@@ -1,17 +1,18 @@
 """The Dynamo backend "hc_inductor": Inductor with the passes over hc:: ops before autograd.
 
 `torch.compile(model, backend="hc_inductor", mode=..., options=...)` finds it without any import
-(entry point group `torch_dynamo_backends`); `hc.compile(model, ...)` is the same thing.
+(entry point group `torch_dynamo_backends`); `hc.compile(model, ...)` is the same thing. After one
+`hc.install()` plain `torch.compile(model)` runs the passes too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._inductor import config as inductor_config
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
-from hc_compile.passes import PassPipeline
+from hc_compile.passes import PASSES, GraphPass, PassPipeline, without_pipeline
 
 
 def hc_inductor(
@@ -30,7 +31,7 @@ def hc_inductor(
     """
     options = dict(options or {})
     then = options.pop("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
-    options["pre_grad_custom_pass"] = PassPipeline(then=then)
+    options["pre_grad_custom_pass"] = PassPipeline(then=without_pipeline(then))
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)
     return inductor(graph_module, example_inputs)
 
@@ -56,3 +57,25 @@ def compile(model: Callable | None = None, **kwargs: Any) -> Callable:
     if "backend" in kwargs:
         raise TypeError(f"backend must not be given to hc.compile, got {kwargs['backend']!r}")
     return torch.compile(model, backend=hc_inductor, **kwargs)  # type: ignore[arg-type]
+
+
+def install(passes: Sequence[GraphPass] = PASSES) -> None:
+    """Make plain `torch.compile(model)` run the hc:: graph passes, until `uninstall`.
+
+    Sets `torch._inductor.config.pre_grad_custom_pass` to the passes followed by what it held, so a
+    pass of the user's keeps running; one given later, there or in `options=`, replaces ours. From
+    torch 2.13 that configuration belongs to the thread that sets it. Graphs without hc:: ops are
+    left alone and functions compiled before keep what they have. Calling it again changes nothing
+    but the choice of passes.
+
+    Args:
+        passes: which of `hc_compile.passes.PASSES` to run, in order.
+    """
+    uninstall()
+    pipeline = PassPipeline(passes, inductor_config.pre_grad_custom_pass)
+    inductor_config.pre_grad_custom_pass = pipeline
+
+
+def uninstall() -> None:
+    """Undo `install`; a pass of the user's stays."""
+    inductor_config.pre_grad_custom_pass = without_pipeline(inductor_config.pre_grad_custom_pass)

@@ -12,10 +12,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import custom_ops
+from hc_compile.passes.first_sublayer import first_sublayer
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
+from hc_compile.passes.graph import has_ops
+from hc_compile.passes.last_sublayer import last_sublayer
 
 GraphPass = Callable[[Graph], bool]
-PASSES: tuple[GraphPass, ...] = (fuse_post_pre,)
+PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer)
 
 
 def _sources() -> tuple[str, ...]:
@@ -24,26 +27,43 @@ def _sources() -> tuple[str, ...]:
 
 
 class PassPipeline(CustomGraphPass):
-    """The passes in order, then the user's own pre-grad pass.
+    """The passes in order, then the user's own pre-grad pass (or, from torch 2.13, passes).
 
-    Its uuid hashes the passes' and the ops' sources (and the user's uuid), so compiled graphs are
-    cached across processes and never outlive a change; a user's pass without uuid turns the cache
-    off, as it would alone.
+    A graph without hc:: ops goes to the user's pass as it came. The uuid hashes the passes' and
+    the ops' sources (and the user's uuid), so compiled graphs are cached across processes and
+    never outlive a change; a user's pass without uuid turns the cache off, as it would alone.
     """
 
-    def __init__(self, passes: Sequence[GraphPass] = PASSES, then: Callable | None = None):
+    def __init__(self, passes: Sequence[GraphPass] = PASSES, then: Any = None):
         self.passes = tuple(passes)
         self.then = then
+        self.identity = self.uuid()  # pickled into the cache key where uuid() is not asked for
 
     def __call__(self, graph: Graph) -> None:
-        if any([run(graph) for run in self.passes]):
+        if has_ops(graph) and any([run(graph) for run in self.passes]):
             graph.lint()
-        if self.then is not None:
-            self.then(graph)
+        for run in _each(self.then):
+            run(graph)
 
     def uuid(self) -> Any | None:
         own = (get_hash_for_files(_sources()), *(run.__name__ for run in self.passes))
-        if self.then is None:
-            return own
-        theirs = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
-        return None if theirs is None else (*own, theirs)
+        theirs = [
+            run.uuid() if isinstance(run, CustomGraphPass) else None for run in _each(self.then)
+        ]
+        return None if None in theirs else (*own, *theirs)
+
+
+def _each(passes: Any) -> tuple[Callable, ...]:
+    if passes is None:
+        return ()
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,)
+
+
+def without_pipeline(passes: Any) -> Any:
+    """A value of `pre_grad_custom_pass` without the pipelines in it."""
+    if isinstance(passes, PassPipeline):
+        return without_pipeline(passes.then)
+    if isinstance(passes, list | tuple):
+        kept = [without_pipeline(run) for run in passes]
+        return type(passes)(run for run in kept if run is not None) or None
+    return passes

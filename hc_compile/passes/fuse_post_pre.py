@@ -6,7 +6,9 @@ before                                       after
         hc.pre(x', φ, α, b)                                      spec, ghost)
 
 Numerics-preserving: the same mathematics in the same order; ∂x' is no longer rounded between the
-two. x' may have other users. A post without a pre, or a pre without a post, stays as it is.
+two. x' may have other users. A post without a pre, or a pre without a post, stays as it is; so do
+a pair whose values something writes in place, a pair in different grad or autocast regions, and a
+post that changes the number of streams.
 """
 
 from typing import Any
@@ -14,27 +16,41 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from hc_compile.passes.graph import arguments, is_op, only_unpacked, outputs, take
+from hc_compile.passes.graph import (
+    arguments,
+    is_op,
+    only_unpacked,
+    outputs,
+    regions,
+    take,
+    untouched,
+    value,
+)
 
 
 def fuse_post_pre(graph: Graph) -> bool:
     """Fuse every hc::post with the hc::pre that reads it; returns whether anything changed."""
     changed = False
+    region = regions(graph)
+    order = {node: position for position, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if not is_op(node, "pre"):
             continue
         post = arguments(node, "pre")["x"]
-        if is_op(post, "post") and only_unpacked(node) and _fuse(graph, post, node):
+        if is_op(post, "post") and only_unpacked(node) and _fuse(graph, post, node, region, order):
             changed = True
     return changed
 
 
-def _fuse(graph: Graph, post: Node, pre: Node) -> bool:
+def _fuse(graph: Graph, post: Node, pre: Node, region: dict, order: dict) -> bool:
     write, read = arguments(post, "post"), arguments(pre, "pre")
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    first_user = min([*post.users, pre], key=order.__getitem__)
+    first_user = min(post.users, key=order.__getitem__)
     tail = [read["phi"], read["alpha"], read["bias"]]
-    if any(isinstance(value, Node) and order[value] >= order[first_user] for value in tail):
+    if any(isinstance(t, Node) and order[t] >= order[first_user] for t in tail):
+        return False
+    if not region[post] == region[first_user] == region[pre]:
+        return False
+    if not untouched(post, *write.values(), *tail) or not _square(write["res"]):
         return False
     with graph.inserting_before(first_user):
         inputs = (write["x"], write["y"], write["post"], write["res"], *tail, read["spec"])
@@ -44,19 +60,28 @@ def _fuse(graph: Graph, post: Node, pre: Node) -> bool:
         streams = take(graph, fused, 0, like=post)
     post.replace_all_uses_with(streams, delete_user_cb=lambda user: user is not pre)
     cursor = streams
+    made = {fused: pre, streams: pre}
     for index, items in sorted(outputs(pre).items()):
         for item in items:
             with graph.inserting_after(cursor):
                 cursor = take(graph, fused, index + 1, like=item)
+            made[cursor] = item
             item.replace_all_uses_with(cursor)
             graph.erase_node(item)
+    for new, old in made.items():  # the new nodes stand at the first user, no later than the old
+        order[new], region[new] = order[first_user] - 0.5, region[old]
     graph.erase_node(pre)
     graph.erase_node(post)
     return True
 
 
+def _square(res: Node) -> bool:
+    fake = value(res)
+    return fake is None or fake.shape[-2] == fake.shape[-1]
+
+
 def _example_values(post: Node, pre: Node) -> dict[str, Any]:
-    values = pre.meta.get("example_value")
+    values = value(pre)
     if values is None or "example_value" not in post.meta:
         return {}
     return {"example_value": (post.meta["example_value"], *values)}

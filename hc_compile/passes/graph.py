@@ -1,10 +1,21 @@
-"""What every pass needs: recognise hc:: nodes, read their arguments, take their outputs."""
+"""What every pass needs: recognise nodes, read their arguments, emit new ones, and stay safe.
+
+Dynamo leaves every node's fake result in `meta["example_value"]`: shapes, and by its version
+whether something writes it in place. A graph without that metadata counts as functional.
+"""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+
+def has_ops(graph: Graph) -> bool:
+    """Whether the graph calls any hc:: op."""
+    return any(getattr(node.target, "__module__", "") == "torch._ops.hc" for node in graph.nodes)
 
 
 def is_op(node: object, name: str) -> bool:
@@ -13,6 +24,17 @@ def is_op(node: object, name: str) -> bool:
         return False
     packet = getattr(torch.ops.hc, name)
     return node.target is packet or node.target is packet.default
+
+
+def is_call(node: object, *names: str) -> bool:
+    """Whether `node` calls a tensor method, or a torch function, of one of these names."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_method":
+        return node.target in names
+    return node.op == "call_function" and any(
+        node.target is getattr(torch, name, node) for name in names
+    )
 
 
 def arguments(node: Node, name: str) -> dict[str, Any]:
@@ -37,9 +59,68 @@ def only_unpacked(node: Node) -> bool:
     return all(user.target is operator.getitem for user in node.users)
 
 
+def only_user(node: Node) -> Node | None:
+    """The node's user if it has exactly one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def take(graph: Graph, node: Node, index: int, like: Node | None) -> Node:
     """A getitem on `node` at the current insertion point, with the meta of `like`."""
     item = graph.call_function(operator.getitem, (node, index))
     if like is not None:
         item.meta = dict(like.meta)
     return item
+
+
+def emit(graph: Graph, target: Callable | str, *args: Any, **kwargs: Any) -> Node:
+    """A call (of a method, if `target` is a name) at the insertion point, with its fake value."""
+    method = isinstance(target, str)
+    make = graph.call_method if method else graph.call_function
+    node = make(target, args, kwargs)  # type: ignore[arg-type]
+    if all(value(n) is not None for n in node.all_input_nodes):
+        with torch.no_grad():
+            fakes, named = map_arg((args, kwargs), value)
+            call = getattr(fakes[0], target) if method else target
+            node.meta["example_value"] = call(*fakes[1:] if method else fakes, **named)
+    return node
+
+
+def value(node: Node) -> Any:
+    """The node's fake result, None where there is none."""
+    return node.meta.get("example_value")
+
+
+def erase_unused(graph: Graph, *nodes: Node | None) -> None:
+    """Erase these nodes, users first, as long as nothing uses them."""
+    for node in nodes:
+        if node is not None and not node.users:
+            graph.erase_node(node)
+
+
+def untouched(*nodes: object) -> bool:
+    """Whether nothing in the graph writes these values in place, directly or through a view."""
+    return all(_version(value(node)) == 0 for node in nodes if isinstance(node, Node))
+
+
+def _version(fake: Any) -> int:
+    tracked = isinstance(fake, torch.Tensor) and not fake.is_inference()
+    return fake._version if tracked else 0
+
+
+def regions(graph: Graph) -> dict[Node, tuple]:
+    """The grad mode and the open autocast or inference regions of every node.
+
+    An op must not move to another region: under no_grad it would lose its gradient.
+    """
+    grad, opened = torch.is_grad_enabled(), ()
+    found = {}
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_set_grad_enabled":
+            grad = node.args[0]
+        elif name.startswith("_enter_"):
+            opened = (*opened, node)
+        elif name.startswith("_exit_"):
+            opened = tuple(enter for enter in opened if enter is not node.args[0])
+        found[node] = (grad, opened)
+    return found

@@ -8,6 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 import hc_compile as hc
 from hc_compile.passes import PassPipeline
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
+from tests.passes.harness import count
 from tests.test_presets import DIM, PRESETS, Net, draw
 
 
@@ -23,14 +24,6 @@ class Counter:
         gm.recompile()
         count(gm, self.calls)
         return aot_autograd(fw_compiler=lambda g, _: g, bw_compiler=lambda g, _: g)(gm, inputs)
-
-
-def count(gm, into):
-    for node in gm.graph.nodes:
-        name = str(node.target)
-        if node.op == "call_function" and name.startswith("hc."):
-            key = name.removeprefix("hc.").removesuffix(".default")
-            into[key] = into.get(key, 0) + 1
 
 
 def run(function, net, *args):
