@@ -23,6 +23,7 @@ from hc_compile.matrices import newton_schulz, sinkhorn
 
 __all__ = [
     "aggregate",
+    "attention_pool",
     "check_write",
     "coefficients",
     "newton_schulz",
@@ -129,6 +130,23 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
     if transforming():
         return reference.aggregate(x, pre)
     return torch.ops.hc.aggregate(x, pre)
+
+
+def attention_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """Streams to one by attention over them, a weight a channel: Σ_i softmax_i(W x_i) ⊙ x_i.
+
+    Args:
+        x: [..., n, C] streams.
+        weight: W [C, C]; the identity weighs each channel by itself.
+
+    Returns: [..., C] in the dtype of x.
+    """
+    require_streams(x)
+    require_shape("weight", weight, "[C, C]", (x.shape[-1], x.shape[-1]))
+    require_device(x, weight=weight)
+    logits = torch.nn.functional.linear(x, weight.to(x.dtype))
+    dtype = reference.compute_dtype(x)
+    return (logits.to(dtype).softmax(-2) * x.to(dtype)).sum(-2).to(x.dtype)
 
 
 def check_write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> None:
