@@ -39,6 +39,14 @@ CONSTRAINTS: dict[str, dict] = {
         "manifold": "linear",
         "transpose": True,
     },
+    "stream-sinkhorn": {
+        "projection": "stream",
+        "norm_eps": 0.1,  # conditions C = 1, where the norm of one number cancels
+        "views": 2,
+        "branches": 2,
+        "iterations": 2,
+    },
+    "stream-read": {"projection": "stream", "post": "none", "manifold": "none"},
     "softmax-gates": {"pre": "softmax", "post": "softmax", "post_scale": 1.0, "iterations": 2},
     "sigmoid-sum": {"pre": "sigmoid-sum", "pre_eps": 1e-6, "iterations": 2},
     "views": {"views": 2, "branches": 3, "iterations": 2},

@@ -108,8 +108,9 @@ def by_stream(hidden: Tensor, c: Constraint) -> Tensor:
     if c.projection != "stream":
         return hidden
     n = c.streams
-    pre, post, res = (part.unflatten(-1, (-1, n)) for part in hidden.split(list(c.sizes), -1))
-    return torch.cat([pre.mT, post.mT, res], -1)
+    pre, post, res = hidden.split(list(c.sizes), -1)
+    pre, post = (part.unflatten(-1, (part.shape[-1] // n, n)).mT for part in (pre, post))
+    return torch.cat([pre, post, res.unflatten(-1, (n, res.shape[-1] // n))], -1)
 
 
 def rms_scale(ss: Tensor, width: int, c: Constraint) -> tuple[Tensor, Tensor]:

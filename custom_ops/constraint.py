@@ -11,6 +11,7 @@ from functools import lru_cache
 
 CHOICES = {
     "projection": ("flat", "stream", "static"),
+    "norm": ("rms", "layer"),
     "norm_form": ("inside", "outside"),
     "squash": ("none", "tanh"),
     "pre": ("sigmoid", "sigmoid-sum", "softmax", "linear", "none"),
@@ -44,6 +45,7 @@ class Constraint:
 
     r  = rsqrt(ss/K + norm_eps)   (norm_form "outside": 1/(sqrt(ss/K) + norm_eps))
     z  = α ⊙ squash(r·p) + b      (projection "static": z = b)
+    norm "layer": p and ss are those of x less its mean; the composed functions make them.
     pre = act(z_pre) + pre_eps, post = post_scale·act(z_post) + post_eps,
     res = manifold(z_res / temperature), transposed if `transpose`, always applied [out, in].
 
@@ -59,6 +61,7 @@ class Constraint:
     views: int = 1
     branches: int = 1
     projection: str = "flat"
+    norm: str = "rms"
     norm_eps: float = 1e-6
     norm_form: str = "inside"
     squash: str = "none"
@@ -96,11 +99,8 @@ class Constraint:
             )
         if self.start == "softmax" and self.first != "row":
             raise ValueError(f"first must be 'row' when start is 'softmax', got {self.first!r}")
-        if self.projection == "stream" and self.manifold not in ("linear", "identity", "none"):
-            raise ValueError(
-                "manifold must be 'linear', 'identity' or 'none' with projection 'stream', "
-                f"got {self.manifold!r}"
-            )
+        if self.projection == "stream" and self.manifold == "permutation":
+            raise ValueError("manifold must not be 'permutation' with projection 'stream'")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         changed = {
             f.name: values[f.name] for f in fields(self) if f.init and values[f.name] != f.default

@@ -30,7 +30,7 @@ def coefficients(
         bias = bias.to(compute_dtype(x, bias))
         empty = bias.new_empty(0)
         return *con.static_forward(bias, c), empty, empty.clone()
-    assert phi is not None and alpha is not None
+    assert phi is not None and alpha is not None and c.norm == "rms"
     p, ss = proj.forward(x, phi, c.projection == "stream", c.precision)
     width = c.norm_width(x.shape[-1])
     return *con.forward(p, ss, alpha, bias, width, c.spec), p, ss

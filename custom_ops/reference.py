@@ -174,11 +174,18 @@ def constrain(
 def coefficients(
     x: Tensor, phi: Tensor | None, alpha: Tensor | None, bias: Tensor, c: Constraint
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pre, post and res of one sublayer from its streams."""
+    """pre, post and res of one sublayer from its streams; φ [P, ...] averages P proposals."""
     if c.projection == "static":
         bias = bias.to(compute_dtype(x, bias))
         return constrain(None, None, None, bias, 0, c)
     assert phi is not None
+    if phi.dim() == 3:
+        made = [coefficients(x, each, alpha, bias, c) for each in phi.unbind()]
+        pre, post, res = (torch.stack(same).mean(0) for same in zip(*made, strict=True))
+        return pre, post, res
+    if c.norm == "layer":
+        x = x.to(compute_dtype(x, phi))
+        x = x - x.mean(-1 if c.projection == "stream" else (-2, -1), keepdim=True)
     p, ss = project(x, phi, c.projection == "stream")
     return constrain(p, ss, alpha, bias, c.norm_width(x.shape[-1]), c)
 

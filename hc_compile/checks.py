@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -46,3 +47,11 @@ def require_square(name: str, value: Tensor) -> None:
     require_float(name, value)
     if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] < 1:
         raise ValueError(f"{name} must be [..., n, n] with n >= 1, got {list(value.shape)}")
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active (an op's jvp would be 0)."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -11,91 +11,31 @@ from torch import Tensor
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
 from custom_ops import reference
-from custom_ops.constraint import CHOICES, NEWTON_SCHULZ_SCHEDULE, Constraint, check_count
+from custom_ops.constraint import Constraint
 from hc_compile.checks import (
     require_device,
     require_float,
     require_shape,
-    require_square,
     require_streams,
+    transforming,
 )
+from hc_compile.matrices import newton_schulz, sinkhorn
+
+__all__ = [
+    "aggregate",
+    "attention_pool",
+    "check_write",
+    "coefficients",
+    "newton_schulz",
+    "post",
+    "post_pre",
+    "pre",
+    "pre_with_ghost",
+    "read",
+    "sinkhorn",
+]
 
 Coefficients = tuple[Tensor, Tensor, Tensor]
-
-
-def _transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active (an op's jvp would be 0)."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def sinkhorn(
-    logits: Tensor,
-    iterations: int = 20,
-    *,
-    start: str = "exp-globalmax",
-    first: str = "column",
-    denominator: str = "max",
-    eps: float = 1e-30,
-) -> Tensor:
-    """Truncated Sinkhorn–Knopp: `iterations` × (first side, other side) of normalisation.
-
-    res = (T_r T_c)^iterations exp(logits − max) (mHC, arXiv 2512.24880, eq. 9). The side
-    normalised last is exact, the other approximate; the gradient is that of the truncated
-    iteration.
-
-    Args:
-        logits: [..., n, n], any floating dtype; computed in float32 (float64 for float64).
-        iterations: >= 0.
-        start: "exp", "exp-rowmax", "exp-globalmax", "softmax" (over rows, + eps; counts as the
-            first half step), "abs" (+ eps) or "log" (log domain).
-        first: side normalised first, "row" (sums over the last axis) or "column".
-        denominator: "add" divides by sum + eps, "max" by max(sum, eps).
-        eps: see `start` and `denominator`.
-
-    Returns: [..., n, n] in the dtype of logits.
-    Raises: ValueError, TypeError for a wrong shape, dtype, choice or count.
-    Moves: 2n² floats a matrix.
-    """
-    require_square("logits", logits)
-    check_count("iterations", iterations, least=0)
-    for name, value in (("start", start), ("first", first), ("denominator", denominator)):
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {CHOICES[name]}, got {value!r}")
-    if start == "softmax" and first != "row":
-        raise ValueError(f"first must be 'row' when start is 'softmax', got {first!r}")
-    if _transforming():
-        return reference.sinkhorn(logits, iterations, start, first, denominator, eps)
-    return torch.ops.hc.sinkhorn(logits, iterations, start, first, denominator, eps)
-
-
-def newton_schulz(
-    matrix: Tensor,
-    schedule: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_SCHEDULE,
-    *,
-    eps: float = 1e-7,
-) -> Tensor:
-    """Polar factor of every matrix by Newton–Schulz steps X <- aX + (bA + cA²)X, A = XXᵀ.
-
-    Each matrix is first divided by its own Frobenius norm + eps.
-
-    Args:
-        matrix: [..., n, n], any floating dtype; computed in float32 (float64 for float64).
-        schedule: (a, b, c) of each step; the default is 8 steps and 2 that finish convergence.
-        eps: added to the norm.
-
-    Returns: [..., n, n] in the dtype of matrix.
-    Raises: ValueError, TypeError for a wrong shape or dtype.
-    """
-    require_square("matrix", matrix)
-    if any(len(step) != 3 for step in schedule):
-        raise ValueError(f"schedule must hold (a, b, c) triples, got {schedule!r}")
-    if _transforming():
-        return reference.newton_schulz(matrix, schedule, eps)
-    flat = [float(value) for step in schedule for value in step]
-    return torch.ops.hc.newton_schulz(matrix, flat, eps)
 
 
 def _check_parameters(
@@ -113,7 +53,8 @@ def _check_parameters(
     wide = constraint.projection == "flat"
     columns = constraint.streams * x.shape[-1] if wide else x.shape[-1]
     legend = "[M, n*C]" if wide else "[M/n, C]"
-    require_shape("phi", phi, legend, (constraint.rows, columns))
+    proposals = phi.shape[:1] if phi.dim() == 3 else ()
+    require_shape("phi", phi, legend, (*proposals, constraint.rows, columns))
     require_shape("alpha", alpha, "[3]", (3,))
 
 
@@ -128,7 +69,8 @@ def coefficients(
 
     Args:
         x: [..., n, C] streams.
-        phi: [M, n·C] (or [M/n, C] for projection "stream", None for "static").
+        phi: [M, n·C] (or [M/n, C] for projection "stream", None for "static"); [P, M, n·C] for P
+            proposals, whose coefficients are averaged.
         alpha: [3] gates of pre, post and res (None for "static").
         bias: [M] in the order [pre | post | res].
         constraint: how they are normalised, activated and constrained.
@@ -137,12 +79,33 @@ def coefficients(
         without the leading dimensions if static. Moves: n C-units.
     """
     _check_parameters(x, phi, alpha, bias, constraint)
-    if _transforming() or constraint.projection == "static":
+    if transforming() or constraint.projection == "static":
         return reference.coefficients(x, phi, alpha, bias, constraint)
-    per_stream = constraint.projection == "stream"
-    p, ss = torch.ops.hc.project(x, phi, per_stream, constraint.precision)
-    width = constraint.norm_width(x.shape[-1])
-    return torch.ops.hc.constrain(p, ss, alpha, bias, width, constraint.spec)
+    assert phi is not None
+    p, ss = _project(x, phi.flatten(0, -2), constraint)
+    options = (ss, alpha, bias, constraint.norm_width(x.shape[-1]), constraint.spec)
+    made = [torch.ops.hc.constrain(part, *options) for part in p.split(constraint.rows, -1)]
+    if len(made) == 1:
+        return made[0]
+    pre, post, res = (torch.stack(same).mean(0) for same in zip(*made, strict=True))
+    return pre, post, res
+
+
+def _project(x: Tensor, phi: Tensor, constraint: Constraint) -> tuple[Tensor, Tensor]:
+    """p = φx and ss = Σx², of x less its mean for norm "layer": φ is centred, a row sums x."""
+    options = (constraint.projection == "stream", constraint.precision)
+    if constraint.norm == "rms":
+        return torch.ops.hc.project(x, phi, *options)
+    centred = phi - phi.mean(-1, keepdim=True)
+    rows = torch.cat([centred, torch.ones_like(phi[:1])])
+    p, ss = torch.ops.hc.project(x, rows, *options)
+    variance = ss - p[..., -1].square() / phi.shape[-1]
+    return p[..., :-1], variance.clamp_min(0)
+
+
+def _composed(phi: Tensor | None, constraint: Constraint) -> bool:
+    """Whether the read is made of several ops: hc::pre has one φ and an RMS norm."""
+    return phi is not None and (phi.dim() == 3 or constraint.norm != "rms")
 
 
 def aggregate(x: Tensor, pre: Tensor) -> Tensor:
@@ -164,9 +127,26 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
         require_shape("pre", pre, "[n]", (n,))
     else:
         require_shape("pre", pre, "[..., n]", (*lead, n))
-    if _transforming():
+    if transforming():
         return reference.aggregate(x, pre)
     return torch.ops.hc.aggregate(x, pre)
+
+
+def attention_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """Streams to one by attention over them, a weight a channel: Σ_i softmax_i(W x_i) ⊙ x_i.
+
+    Args:
+        x: [..., n, C] streams.
+        weight: W [C, C]; the identity weighs each channel by itself.
+
+    Returns: [..., C] in the dtype of x.
+    """
+    require_streams(x)
+    require_shape("weight", weight, "[C, C]", (x.shape[-1], x.shape[-1]))
+    require_device(x, weight=weight)
+    logits = torch.nn.functional.linear(x, weight.to(x.dtype))
+    dtype = reference.compute_dtype(x)
+    return (logits.to(dtype).softmax(-2) * x.to(dtype)).sum(-2).to(x.dtype)
 
 
 def check_write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> None:
@@ -208,7 +188,7 @@ def post(
     Returns: [..., n, C] in the dtype of x. Moves: 2n + W C-units.
     """
     check_write(x, y, post, res)
-    if _transforming():
+    if transforming():
         return reference.post(x, y, post, res)
     return torch.ops.hc.post(x, y, post, res, ghost)
 
@@ -222,8 +202,11 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read side of a sublayer, `coefficients` and `aggregate` in one: u, pre, post, res."""
     _check_parameters(x, phi, alpha, bias, constraint)
-    if _transforming():
+    if transforming():
         return reference.pre(x, phi, alpha, bias, constraint)
+    if _composed(phi, constraint):
+        made = coefficients(x, phi, alpha, bias, constraint)
+        return aggregate(x, made[0]), *made
     return torch.ops.hc.pre(x, phi, alpha, bias, constraint.spec)[:4]
 
 
@@ -240,10 +223,26 @@ def pre_with_ghost(
     had anyway.
     """
     _check_parameters(x, phi, alpha, bias, constraint)
-    if _transforming():
-        return *reference.pre(x, phi, alpha, bias, constraint), None
-    u, pre, post, res, _, _, ghost = torch.ops.hc.pre(x, phi, alpha, bias, constraint.spec, True)
-    return u, pre, post, res, ghost
+    if transforming() or _composed(phi, constraint):
+        return *pre(x, phi, alpha, bias, constraint), None
+    made = torch.ops.hc.pre(x, phi, alpha, bias, constraint.spec, True)
+    return *made[:4], made[6]
+
+
+def read(
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    constraint: Constraint,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`pre_with_ghost` where Dynamo compiles the read and its `post` for training, else `pre`.
+
+    Not `torch.compiler.is_exporting()`: under torch.compile, torch 2.11 folds it to True.
+    """
+    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled():
+        return pre_with_ghost(x, phi, alpha, bias, constraint)
+    return *pre(x, phi, alpha, bias, constraint), None
 
 
 def post_pre(
@@ -262,6 +261,9 @@ def post_pre(
     """
     check_write(x, y, post, res)
     _check_parameters(x, phi, alpha, bias, constraint)
-    if _transforming():
+    if transforming():
         return reference.post_pre(x, y, post, res, phi, alpha, bias, constraint)
+    if _composed(phi, constraint):
+        x = torch.ops.hc.post(x, y, post, res, None)
+        return x, *pre(x, phi, alpha, bias, constraint)
     return torch.ops.hc.post_pre(x, y, post, res, phi, alpha, bias, constraint.spec)[:5]

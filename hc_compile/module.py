@@ -89,28 +89,18 @@ class HyperConnection(nn.Module):
         if plain:
             require_device(state.x, phi=phi, alpha=alpha, bias=bias)
         ops = reference if plain else functional
-        ghost = None
+        ghost, streams = None, state.x
         if state.pending is not None:
-            streams, u, _, post, res = ops.post_pre(state.x, *state.pending, *parameters)
-        elif lazy or plain or not _gradient_in_one_graph():
-            streams = state.x
+            streams, u, _, post, res = ops.post_pre(streams, *state.pending, *parameters)
+        elif lazy or plain:
             u, _, post, res = ops.pre(streams, *parameters)
         else:
-            streams = state.x
-            u, _, post, res, ghost = functional.pre_with_ghost(streams, *parameters)
+            u, _, post, res, ghost = functional.read(streams, *parameters)
         if lazy:
             return u, partial(_note, streams, post, res)
         if plain:
             return u, partial(_write_plain, streams, post, res)
         return u, partial(_write, streams, post, res, ghost)
-
-
-def _gradient_in_one_graph() -> bool:
-    """Whether Dynamo compiles pre and its post for training (see custom_ops/post.py).
-
-    Not `torch.compiler.is_exporting()`: under torch.compile, torch 2.11 folds it to True.
-    """
-    return torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled()
 
 
 def _write(x: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None, y: Tensor) -> Tensor:

@@ -195,7 +195,10 @@ CONSTRAINT_ERRORS = [
     ({"streams": 0}, "streams must be >= 1"),
     ({"streams": 6, "manifold": "permutation"}, "streams must be <= 5 .*720 logits"),
     ({"streams": 4, "start": "softmax"}, "first must be 'row'"),
-    ({"streams": 4, "projection": "stream"}, "manifold must be 'linear'"),
+    (
+        {"streams": 4, "projection": "stream", "manifold": "permutation"},
+        "manifold must not be 'permutation'",
+    ),
     ({"streams": 4, "temperature": 0.0}, "temperature must be > 0"),
     ({"streams": 4, "pre": "relu"}, "pre must be one of"),
 ]

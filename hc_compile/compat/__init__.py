@@ -1,0 +1,1 @@
+"""Drop-ins for other hyper-connection packages: their names, on this implementation."""
