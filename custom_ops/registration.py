@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_state = {"enabled": os.environ.get("HC_DISABLE_TRITON", "0") in ("", "0")}
+SWITCHES = ("HC_DISABLE_TRITON", "HYDRA_DISABLE_TRITON")  # the second for code ported from HYDRA
+_state = {"enabled": all(os.environ.get(name, "0") in ("", "0") for name in SWITCHES)}
 
 
 def set_triton_enabled(enabled: bool) -> None:

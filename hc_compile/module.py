@@ -50,6 +50,7 @@ class HyperConnection(nn.Module):
         self.coefficients = (
             CoefficientParameters(cfg, layer_index, device, dtype) if cfg.n > 1 else None
         )
+        self.monitor: nn.Module | None = None  # see hc_compile.monitor
 
     def extra_repr(self) -> str:
         return f"dim={self.cfg.dim}, streams={self.cfg.n}, preset={self.cfg.row.name!r}"
@@ -96,6 +97,8 @@ class HyperConnection(nn.Module):
             u, _, post, res = ops.pre(streams, *parameters)
         else:
             u, _, post, res, ghost = functional.read(streams, *parameters)
+        if self.monitor is not None:
+            self.monitor(streams, res)
         if lazy:
             return u, partial(_note, streams, post, res)
         if plain:

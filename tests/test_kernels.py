@@ -1,4 +1,4 @@
-"""The kill switch and what get_kernel_status says."""
+"""The kill switch, what get_kernel_status says, and the quick benchmark."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from custom_ops.registration import use_triton
+from hc_compile import kernels, layers
 from hc_compile.kernels import get_kernel_status, set_use_triton_kernels
 
 
@@ -41,10 +42,11 @@ def test_switch_turns_the_kernels_off_and_on():
         set_use_triton_kernels(1)
 
 
+@pytest.mark.parametrize("name", ["HC_DISABLE_TRITON", "HYDRA_DISABLE_TRITON"])
 @pytest.mark.parametrize(("value", "expected"), [("1", False), ("0", True), ("", True)])
-def test_environment_switch(value, expected):
+def test_environment_switch(name, value, expected):
     code = "from custom_ops.registration import triton_enabled; print(triton_enabled())"
-    environment = os.environ | {"HC_DISABLE_TRITON": value}
+    environment = os.environ | {name: value}
     out = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
@@ -61,3 +63,31 @@ def test_compiled_code_keeps_what_it_was_compiled_with():
         assert torch.equal(compiled(x, pre), before)
     finally:
         set_use_triton_kernels(True)
+
+
+def test_status_and_flags():
+    from importlib.util import find_spec
+
+    status = kernels.get_kernel_status()
+    assert kernels.FUSED_KERNELS_AVAILABLE == status["triton_available"]
+    assert status["flash_attn_available"] == kernels.FLASH_ATTN_AVAILABLE
+    assert kernels.FLASH_ATTN_AVAILABLE == (find_spec("flash_attn") is not None)
+    assert kernels.XFORMERS_AVAILABLE == (find_spec("xformers") is not None)
+    assert kernels.fused_rope is layers.fused_rope
+
+
+@pytest.mark.compile
+def test_quick_benchmark_prints_what_it_measured(capsys):
+    results = kernels.benchmark_kernels(1, 8, 16, 2, warmup=1, iterations=2)
+    assert results["config"] == {"batch_size": 1, "seq_len": 8, "dim": 16, "n_heads": 2}
+    kernels.print_benchmark_results(results)
+    printed = capsys.readouterr().out
+    for name, title in (("rope", "RoPE"), ("swiglu", "SwiGLU"), ("rms_norm", "RMSNorm")):
+        times = results[name]
+        assert times["speedup"] == pytest.approx(times["pytorch_ms"] / times["compiled_ms"])
+        assert f"{title}:\n  PyTorch:  {times['pytorch_ms']:.3f} ms" in printed
+
+
+def test_quick_benchmark_refuses_heads_that_do_not_fit():
+    with pytest.raises(ValueError, match="n_heads must divide dim = 10, got 3"):
+        kernels.benchmark_kernels(dim=10, n_heads=3)

@@ -1,1 +1,1 @@
-"""Drop-ins for other hyper-connection packages: their names, on this implementation."""
+"""Adapters for code written against other implementations; README.md beside has the tables."""

@@ -1,9 +1,11 @@
-"""Sampling from a language model, the whole context at every step."""
+"""Sampling from a language model, with a cache or the whole context at every step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from hc_compile.models.cache import KVCache
 
 
 def sample_next(
@@ -37,17 +39,19 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     """Extend `tokens` by `steps` sampled tokens.
 
     Args:
-        model: tokens [B, S] -> logits [B, S, V].
+        model: tokens [B, S] -> logits [B, S, V]; with a cache, called as model(new, cache=cache).
         tokens: prompt [B, S] int64, S ≥ 1.
         steps: number of new tokens, ≥ 0.
         max_seq_len: the model sees at most this many of the latest tokens.
         temperature: ≥ 0; 0 is greedy.
         top_k: sample among the k most likely tokens.
         seed: makes the draw repeatable; None uses torch's global generator.
+        cache: empty; each step then sees only the new tokens. Prompt and steps must fit in it.
     Returns: [B, S + steps] int64.
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -63,7 +67,14 @@ def generate(
     generator = None
     if seed is not None:
         generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    if cache is not None and not tokens.shape[1] + steps <= cache.max_seq_len:
+        raise ValueError(
+            f"cache must hold S + steps = {tokens.shape[1] + steps}, got {cache.max_seq_len}"
+        )
     for _ in range(steps):
-        logits = model(tokens[:, -max_seq_len:])[:, -1]
+        if cache is None:
+            logits = model(tokens[:, -max_seq_len:])[:, -1]
+        else:
+            logits = model(tokens[:, cache.length :], cache=cache)[:, -1]
         tokens = torch.cat((tokens, sample_next(logits, temperature, top_k, generator)), dim=1)
     return tokens

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hc_compile.config import HCConfig
-from hc_compile.models.layers import CausalAttention, RMSNorm, SwiGLU, linear, rope_tables
+from hc_compile.layers import RMSNorm, linear, rope_tables
+from hc_compile.models.layers import CausalAttention, SwiGLU
 from hc_compile.module import HyperConnection, StreamExpand, StreamReduce
 
 

@@ -4,17 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hc_compile.models.layers import (
-    CausalAttention,
-    RMSNorm,
-    SwiGLU,
-    apply_rope,
-    causal_attention,
-    linear,
-    rms_norm,
-    rope_tables,
-    swiglu,
-)
+from hc_compile.layers import RMSNorm, apply_rope, linear, rms_norm, rope_tables
+from hc_compile.models.layers import CausalAttention, SwiGLU, causal_attention, swiglu
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
