@@ -11,55 +11,10 @@ import torch
 from torch import Tensor
 
 from custom_ops import reference
-from custom_ops.constraint import NEWTON_SCHULZ_SCHEDULE, Constraint
+from custom_ops.constraint import Constraint
+from custom_ops.variants import CONSTRAINTS, SCHEDULES, SINKHORN_OPTIONS
 
 Tensors = tuple[Tensor, ...]
-
-CONSTRAINTS: dict[str, dict] = {
-    "sinkhorn": {},
-    "sinkhorn-log": {"start": "log"},
-    "sinkhorn-v4": {
-        "pre_eps": 1e-6,
-        "start": "softmax",
-        "first": "row",
-        "denominator": "add",
-        "eps": 1e-6,
-        "transpose": True,
-    },
-    "sinkhorn-rowmax": {"start": "exp-rowmax", "iterations": 3, "temperature": 0.5},
-    "newton-schulz": {"manifold": "newton-schulz"},
-    "permutation": {"manifold": "permutation"},
-    "identity": {"manifold": "identity", "norm_form": "outside", "post_eps": 1e-6},
-    "tanh": {
-        "projection": "stream",
-        "squash": "tanh",
-        "pre": "linear",
-        "post": "linear",
-        "post_scale": 1.0,
-        "manifold": "linear",
-        "transpose": True,
-    },
-    "stream-sinkhorn": {
-        "projection": "stream",
-        "norm_eps": 0.1,  # conditions C = 1, where the norm of one number cancels
-        "views": 2,
-        "branches": 2,
-        "iterations": 2,
-    },
-    "stream-read": {"projection": "stream", "post": "none", "manifold": "none"},
-    "softmax-gates": {"pre": "softmax", "post": "softmax", "post_scale": 1.0, "iterations": 2},
-    "sigmoid-sum": {"pre": "sigmoid-sum", "pre_eps": 1e-6, "iterations": 2},
-    "views": {"views": 2, "branches": 3, "iterations": 2},
-    "head": {"post": "none", "manifold": "none", "pre_eps": 1e-6},
-    "static": {
-        "projection": "static",
-        "pre": "linear",
-        "post": "linear",
-        "post_scale": 1.0,
-        "manifold": "linear",
-        "transpose": True,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -100,17 +55,20 @@ def _bias(c: Constraint, generator: torch.Generator) -> Tensor:
 
 
 def _parameters(c: Constraint, width: int, generator: torch.Generator) -> Tensors:
-    """φ, α and b with logits of order 1 (empty φ and α if static)."""
+    """φ, α and b with logits of order 1 (b alone if static), and the read norm's parameters."""
     bias = _bias(c, generator)
     if c.projection == "static":
         return (bias,)
     phi = _draw(generator, c.rows, c.norm_width(width)) / c.norm_width(width) ** 0.5
-    return phi, 1 + 0.1 * _draw(generator, 3), bias
+    norm = [_draw(generator, width) for _ in range(("none", "rms", "layer").index(c.read_norm))]
+    return phi, 1 + 0.1 * _draw(generator, 3), bias, *norm
 
 
-def _with_defaults(parameters: Tensors) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    phi, alpha, bias = parameters if len(parameters) == 3 else (None, None, parameters[0])
-    return phi, alpha, bias
+def _split(parameters: Tensors) -> tuple[tuple, tuple]:
+    """(φ, α, b), None where static, and (weight, shift) of the read norm."""
+    if len(parameters) == 1:
+        return (None, None, *parameters), (None, None)
+    return parameters[:3], (*parameters[3:], None, None)[:2]
 
 
 def _write_inputs(c: Constraint, tokens: int, width: int, generator) -> Tensors:
@@ -154,13 +112,15 @@ def _constrain_inputs(variant, tokens, n, width, generator) -> Tensors:
 
 def _call_pre(variant, x, *parameters):
     c = _constraint(variant, x.shape[-2])
-    return torch.ops.hc.pre(x, *_with_defaults(parameters), c.spec)[:4]
+    parameters, norm = _split(parameters)
+    return torch.ops.hc.pre(x, *parameters, c.spec, False, *norm)[:4]
 
 
 def _call_post_pre(variant, x, y, post, res, *parameters):
     c = _constraint(variant, x.shape[-2])
+    parameters, norm = _split(parameters)
     write = (x, y, post, res)
-    return torch.ops.hc.post_pre(*write, *_with_defaults(parameters), c.spec)[:5]
+    return torch.ops.hc.post_pre(*write, *parameters, c.spec, None, False, *norm)[:5]
 
 
 def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:
@@ -184,24 +144,14 @@ def _reference_constrain(variant, p, ss, alpha, bias):
 
 
 def _reference_pre(variant, x, *parameters):
-    return reference.pre(x, *_with_defaults(parameters), _constraint(variant, x.shape[-2]))
+    (phi, alpha, bias), norm = _split(parameters)
+    return reference.pre(x, phi, alpha, bias, _constraint(variant, x.shape[-2]), *norm)
 
 
 def _reference_post_pre(variant, x, y, post, res, *parameters):
     c = _constraint(variant, x.shape[-2])
-    return reference.post_pre(x, y, post, res, *_with_defaults(parameters), c)
-
-
-SINKHORN_OPTIONS: dict[str, tuple] = {
-    "": (20, "exp-globalmax", "column", "max", 1e-30),
-    "exp": (2, "exp", "row", "add", 0.0),
-    "log": (20, "log", "column", "max", 0.0),
-    "softmax": (20, "softmax", "row", "add", 1e-6),
-    "abs": (5, "abs", "row", "max", 1e-3),
-    "rowmax": (1, "exp-rowmax", "column", "add", 1e-2),
-    "none": (0, "exp-globalmax", "row", "add", 0.0),
-}
-SCHEDULES = {"": NEWTON_SCHULZ_SCHEDULE, "cubic": ((3.0, -3.2, 1.2),) * 5}
+    (phi, alpha, bias), norm = _split(parameters)
+    return reference.post_pre(x, y, post, res, phi, alpha, bias, c, *norm)
 
 
 def _small_inputs(variant, tokens, n, width, generator) -> Tensors:
@@ -258,7 +208,7 @@ ROWS = (
         _reference_constrain,
         (),
         None,
-        {name: c for name, c in CONSTRAINTS.items() if name != "static"},
+        {name: c for name, c in CONSTRAINTS.items() if name != "static" and "read_norm" not in c},
     ),
     Row(
         "aggregate",

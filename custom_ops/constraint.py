@@ -21,6 +21,7 @@ CHOICES = {
     "first": ("row", "column"),
     "denominator": ("add", "max"),
     "precision": ("bf16x2", "bf16", "tf32", "ieee"),
+    "read_norm": ("none", "rms", "layer"),
 }
 MAX_PERMUTATION_STREAMS = 5
 
@@ -55,6 +56,7 @@ class Constraint:
 
     precision is that of φ in the forward product of the kernels: at least 16 mantissa bits by
     default, 8 for "bf16", 11 for "tf32", plain fp32 for "ieee"; plain torch always has fp32.
+    read_norm and read_eps: the norm that the read of `hc::pre` ends with (see read_norm.py).
     """
 
     streams: int
@@ -80,6 +82,8 @@ class Constraint:
     eps: float = 1e-30
     schedule: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_SCHEDULE
     precision: str = "bf16x2"
+    read_norm: str = "none"
+    read_eps: float = 1e-6
     spec: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self):
@@ -101,6 +105,8 @@ class Constraint:
             raise ValueError(f"first must be 'row' when start is 'softmax', got {self.first!r}")
         if self.projection == "stream" and self.manifold == "permutation":
             raise ValueError("manifold must not be 'permutation' with projection 'stream'")
+        if self.read_norm != "none" and self.views > 1:
+            raise ValueError(f"views must be 1 with a read_norm, got {self.views}")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         changed = {
             f.name: values[f.name] for f in fields(self) if f.init and values[f.name] != f.default

@@ -49,15 +49,18 @@ def forward(
     spec: str,
     ghost: Tensor | None = None,
     with_ghost: bool = False,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
-    if fits(x, y, post, res, c):
-        return _fused_forward(x, y, post, res, phi, alpha, bias, c, with_ghost)
-    streams = post_op.forward(x, y, post, res)
-    u, next_pre, next_post, next_res, p, ss, next_ghost = pre_op.forward(
-        streams, phi, alpha, bias, spec, with_ghost
-    )
-    return streams, u, next_pre, next_post, next_res, p, ss, next_ghost
+    if not fits(x, y, post, res, c):
+        streams = post_op.forward(x, y, post, res)
+        made = pre_op.forward(streams, phi, alpha, bias, spec, with_ghost, weight, shift)
+        return streams, *made
+    streams, *coefficients, p, ss = _fused_write(x, y, post, res, phi, alpha, bias, c)
+    u = pre_op.read(streams, coefficients[0], weight, shift, c)
+    next_ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
+    return streams, u, *coefficients, p, ss, next_ghost  # type: ignore[return-value]
 
 
 def backward(
@@ -74,6 +77,8 @@ def backward(
     phi: Tensor | None,
     alpha: Tensor | None,
     bias: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     streams: Tensor,
     next_pre: Tensor,
     next_post: Tensor,
@@ -82,47 +87,48 @@ def backward(
     ss: Tensor,
     spec: str,
     has_ghost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b, ∂weight, ∂shift (empty where there is none).
 
     g is what other users of x' gave it; dghost (the whole cotangent of the streams that the next
     post makes) belongs to it through resᵀ. With a ghost the first output is the whole of ∂x', the
     ghost's cotangent, instead of ∂x.
     """
-    saved = (phi, alpha, bias, next_pre, next_post, next_res, p, ss)
-    total, dphi, dalpha, dbias = pre_op.backward(
-        du, dpre, dpost, dres, dghost, streams, *saved, spec, g
+    parameters = (phi, alpha, bias, weight, shift)
+    saved = (next_pre, next_post, next_res, p, ss)
+    total, *grads = pre_op.backward(
+        du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec, g
     )
     dx, dy, dpost, dres = post_op.backward(total, x, y, post, res, not has_ghost)
-    return total if has_ghost else dx, dy, dpost, dres, dphi, dalpha, dbias
+    dx = total if has_ghost else dx
+    return dx, dy, dpost, dres, *grads  # type: ignore[return-value]
 
 
-def _fused_forward(x, y, post, res, phi, alpha, bias, c: Constraint, with_ghost: bool):
+def _fused_write(x, y, post, res, phi, alpha, bias, c: Constraint):
+    """x' and, from its projection, pre, post, res, p and ss of the next sublayer."""
     from custom_ops.kernels import post_pre as kernels
 
     lead = x.shape[:-2]
     write = (flat(x, 2), flat(y, 1), flat(post, 1).float(), flat(res, 2).float())
     parameters = (phi.float().contiguous(), alpha.float(), bias.float())
-    streams, u, pre, post, res, p, ss = kernels.post_pre(*write, *parameters, c)
+    streams, *made, p, ss = kernels.post_pre(*write, *parameters, c)
     shapes = [(*lead, *own) for own in con.token_shapes(c)]
-    made = pre.reshape(shapes[0]), post.reshape(shapes[1]), res.reshape(shapes[2])
-    ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
-    streams, u = streams.reshape(x.shape), u.reshape(*lead, x.shape[-1])
-    return streams, u, *made, p.reshape(*lead, -1), ss.reshape(lead), ghost
+    made = [t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
+    return streams.reshape(x.shape), *made, p.reshape(*lead, -1), ss.reshape(lead)
 
 
-def _fake(x, y, post, res, phi, alpha, bias, spec, ghost=None, with_ghost=False):
+def _fake(
+    x, y, post, res, phi, alpha, bias, spec, ghost=None, with_ghost=False, weight=None, shift=None
+):
     streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return streams, *pre_op._fake(x, phi, alpha, bias, spec, with_ghost)
 
 
-def _backward_fake(g, du, dpre, dpost, dres, dghost, x, y, post, res, phi, alpha, bias, *rest):
-    def like(t):
-        return torch.empty(t.shape, dtype=t.dtype, device=x.device)
-
-    dphi = x.new_empty(0) if phi is None else like(phi)
-    dalpha = bias.new_empty(0) if alpha is None else like(alpha)
-    return like(x), like(y), like(post), like(res), dphi, dalpha, like(bias)
+def _backward_fake(g, du, dpre, dpost, dres, dghost, x, *rest):
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device)
+        for t in (x, *rest[:8])
+    )
 
 
 post_pre = define("post_pre", forward, _fake)
@@ -130,13 +136,13 @@ post_pre_backward = define("post_pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    *primals, ctx.spec, ghost, with_ghost = inputs
+    *primals, ctx.spec, ghost, with_ghost, weight, shift = inputs
     streams, u, *coefficients, p, ss, next_ghost = output
     ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (next_ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
     ctx.has_ghost = ghost is not None
-    ctx.save_for_backward(*primals, streams, *coefficients, p, ss)
+    ctx.save_for_backward(*primals, weight, shift, streams, *coefficients, p, ss)
 
 
 def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
@@ -145,19 +151,18 @@ def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
     dx, *grads = torch.ops.hc.post_pre_backward(
         g, du, dpre, dpost, dres, dghost, *saved, ctx.spec, ctx.has_ghost
     )
-    present = (d if t is not None else None for d, t in zip(grads, saved[1:7], strict=True))
-    if ctx.has_ghost:
-        return None, *present, None, dx, None
-    return dx, *present, None, None, None
+    present = [d if t is not None else None for d, t in zip(grads, saved[1:9], strict=True)]
+    dx, dghost = (None, dx) if ctx.has_ghost else (dx, None)
+    return dx, *present[:6], None, dghost, None, *present[6:]
 
 
 post_pre.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _reference(prims, rest):
-    x, y, post, res, phi, alpha, bias = prims
-    outputs = reference.post_pre(x, y, post, res, phi, alpha, bias, parse(rest[-2]))
-    return [*outputs, None]
+    x, y, post, res, phi, alpha, bias, weight, shift = prims
+    c = parse(rest[-2])
+    return [*reference.post_pre(x, y, post, res, phi, alpha, bias, c, weight, shift), None]
 
 
-double_backward(post_pre_backward, 6, 7, _reference)
+double_backward(post_pre_backward, 6, 9, _reference)

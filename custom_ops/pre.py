@@ -10,7 +10,7 @@ from torch import Tensor
 from custom_ops import aggregate as agg
 from custom_ops import constrain as con
 from custom_ops import project as proj
-from custom_ops import reference
+from custom_ops import read_norm, reference
 from custom_ops.constraint import Constraint, parse
 from custom_ops.post import mix
 from custom_ops.registration import (
@@ -36,6 +36,16 @@ def coefficients(
     return *con.forward(p, ss, alpha, bias, width, c.spec), p, ss
 
 
+def read(
+    x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, c: Constraint
+) -> Tensor:
+    """u, or with a read_norm norm(u)."""
+    if c.read_norm == "none":
+        return agg.forward(x, pre if c.views == 1 else agg.per_token(pre, x.shape[:-2], 2))
+    assert weight is not None
+    return read_norm.forward(x, pre, weight, shift, c)
+
+
 def forward(
     x: Tensor,
     phi: Tensor | None,
@@ -43,10 +53,12 @@ def forward(
     bias: Tensor,
     spec: str,
     with_ghost: bool = False,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
     pre, post, res, p, ss = coefficients(x, phi, alpha, bias, c)
-    u = agg.forward(x, pre if c.views == 1 else agg.per_token(pre, x.shape[:-2], 2))
+    u = read(x, pre, weight, shift, c)
     ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
     return u, pre, post, res, p, ss, ghost
 
@@ -61,6 +73,8 @@ def backward(
     phi: Tensor | None,
     alpha: Tensor | None,
     bias: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
     pre: Tensor,
     post: Tensor,
     res: Tensor,
@@ -68,17 +82,24 @@ def backward(
     ss: Tensor,
     spec: str,
     extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂φ, ∂α, ∂b; g is the cotangent of the ghost, whose resᵀg belongs to ∂x.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂φ, ∂α, ∂b, ∂weight, ∂shift (empty where there is none).
 
-    extra, what else ∂x consists of, is added in the same pass.
+    g is the cotangent of the ghost, whose resᵀg belongs to ∂x. extra, what else ∂x consists of,
+    is added in the same pass.
     """
     c = parse(spec)
+    dweight, dshift = x.new_empty(0), x.new_empty(0)
+    if c.read_norm != "none":
+        assert weight is not None
+        du, read, dweight, dshift = read_norm.backward(du, x, pre, weight, shift, c)
     du_all = du.unsqueeze(-2) if c.views == 1 else du
     pre_all = agg.per_token(pre, x.shape[:-2], len(con.token_shapes(c)[0]))
     pre_all = pre_all.unsqueeze(-2) if c.views == 1 else pre_all
-    read = _dots(du_all, x)
-    read = agg.over_tokens(read.squeeze(-2) if c.views == 1 else read, pre).to(pre.dtype)
+    if c.read_norm == "none":
+        read = _dots(du_all, x)
+        read = read.squeeze(-2) if c.views == 1 else read
+    read = agg.over_tokens(read, pre).to(pre.dtype)
     dpre = read if dpre is None else read + dpre
     dpost = torch.zeros_like(post) if dpost is None else dpost
     dres = torch.zeros_like(res) if dres is None else dres
@@ -95,7 +116,8 @@ def backward(
         res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
     res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
     dx, dphi = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, c)
-    return dx if extra is None else dx + extra, dphi, dalpha, dbias
+    dx = dx if extra is None else dx + extra
+    return dx, dphi, dalpha, dbias, dweight, dshift
 
 
 def _dots(du: Tensor, x: Tensor) -> Tensor:
@@ -137,7 +159,7 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
     return (dx + rest).to(x.dtype), dphi.to(phi.dtype)
 
 
-def _fake(x, phi, alpha, bias, spec, with_ghost=False):
+def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None):
     c = parse(spec)
     lead, dim = x.shape[:-2], x.shape[-1]
     dtype = compute_dtype(x, phi, alpha, bias)
@@ -152,18 +174,11 @@ def _fake(x, phi, alpha, bias, spec, with_ghost=False):
     return u, *coefs, p, ss, ghost
 
 
-def _backward_fake(
-    du, dpre, dpost, dres, g, x, phi, alpha, bias, pre, post, res, p, ss, spec, extra=None
-):
-    def like(t):
-        return (
-            bias.new_empty(0)
-            if t is None
-            else torch.empty(t.shape, dtype=t.dtype, device=x.device)
-        )
-
-    dphi = x.new_empty(0) if phi is None else like(phi)
-    return like(x), dphi, like(alpha), like(bias)
+def _backward_fake(du, dpre, dpost, dres, g, x, *rest):
+    return tuple(
+        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device)
+        for t in (x, *rest[:5])
+    )
 
 
 pre = define("pre", forward, _fake)
@@ -171,12 +186,12 @@ pre_backward = define("pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    x, phi, alpha, bias, ctx.spec, with_ghost = inputs
+    *primals, ctx.spec, with_ghost, weight, shift = inputs
     u, pre, post, res, p, ss, ghost = output
     ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
-    ctx.save_for_backward(x, phi, alpha, bias, pre, post, res, p, ss)
+    ctx.save_for_backward(*primals, weight, shift, pre, post, res, p, ss)
 
 
 def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
@@ -184,14 +199,14 @@ def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
     if du is None:
         du = saved[0].new_zeros(()).expand(ctx.u_shape)
     grads = torch.ops.hc.pre_backward(du, dpre, dpost, dres, g, *saved, ctx.spec)
-    present = (g if t is not None else None for g, t in zip(grads, saved[:4], strict=True))
-    return *present, None, None
+    present = [g if t is not None else None for g, t in zip(grads, saved[:6], strict=True)]
+    return *present[:4], None, None, *present[4:]
 
 
 def _reference(prims, rest):
-    x, phi, alpha, bias = prims
-    return [*reference.pre(x, phi, alpha, bias, parse(rest[-2])), None]
+    x, phi, alpha, bias, weight, shift = prims
+    return [*reference.pre(x, phi, alpha, bias, parse(rest[-2]), weight, shift), None]
 
 
 pre.register_autograd(_autograd, setup_context=_setup_context)
-double_backward(pre_backward, 5, 4, _reference)
+double_backward(pre_backward, 5, 6, _reference)

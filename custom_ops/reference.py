@@ -209,12 +209,32 @@ def post(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     return (mixed + (weights.unsqueeze(-1) * y.unsqueeze(-2)).sum(-3)).to(x.dtype)
 
 
+def read_norm(u: Tensor, weight: Tensor, shift: Tensor | None, c: Constraint) -> Tensor:
+    """RMSNorm or LayerNorm of u [..., C] with weight and shift [C], rounded to the dtype of u."""
+    dtype = compute_dtype(u, weight)
+    wide = u.to(dtype)
+    if c.read_norm == "layer":
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / (wide.square().mean(-1, keepdim=True) + c.read_eps).sqrt() * weight.to(dtype)
+    return (wide if shift is None else wide + shift.to(dtype)).to(u.dtype)
+
+
 def pre(
-    x: Tensor, phi: Tensor | None, alpha: Tensor | None, bias: Tensor, c: Constraint
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    c: Constraint,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read side of a sublayer: u and the coefficients pre, post, res."""
+    """Read side of a sublayer: u (normed if c says so) and the coefficients pre, post, res."""
     pre, post, res = coefficients(x, phi, alpha, bias, c)
-    return aggregate(x, pre), pre, post, res
+    u = aggregate(x, pre)
+    if c.read_norm != "none":
+        assert weight is not None
+        u = read_norm(u, weight, shift, c)
+    return u, pre, post, res
 
 
 def post_pre(
@@ -226,7 +246,9 @@ def post_pre(
     alpha: Tensor | None,
     bias: Tensor,
     c: Constraint,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The boundary of two sublayers: post of one, then pre of the next: x', u, pre, post, res."""
     x = post(x, y, post_l, res_l)
-    return x, *pre(x, phi, alpha, bias, c)
+    return x, *pre(x, phi, alpha, bias, c, weight, shift)

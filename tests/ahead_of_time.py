@@ -128,14 +128,18 @@ def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficien
 
 
 def boundary(n, width=2560, dtype=torch.bfloat16):
-    """The kernels of a fused boundary's forward."""
-    from custom_ops.kernels import post_pre
+    """The kernels of a fused boundary's forward, and of a read with its norm."""
+    from custom_ops.kernels import aggregate_norm, post_pre
 
     c = Constraint(n)
     x, y = torch.empty(TOKENS, n, width, dtype=dtype), torch.empty(TOKENS, width, dtype=dtype)
     post, res = torch.empty(TOKENS, n), torch.empty(TOKENS, n, n)
     phi, alpha, bias = torch.empty(c.total, n * width), torch.empty(3), torch.empty(c.total)
     post_pre.post_pre(x, y, post, res, phi, alpha, bias, c)
+    aggregate_norm.aggregate_norm(x, post, y[0], None, False, 1e-6)
+    aggregate_norm.aggregate_norm(x, post, y[0], y[0], True, 1e-6)
+    aggregate_norm.aggregate_norm_backward(y, x, post, y[0], False, False, 1e-6)
+    aggregate_norm.aggregate_norm_backward(y, x, post, y[0], True, True, 1e-6)
 
 
 def coefficients(width=2560, splits=4, **record):
@@ -201,7 +205,11 @@ GROUPS = {
         "matrices n=8": partial(matrices, 8),
         "matrices n=16": partial(matrices, 16),
     },
-    "boundary": {"n=4": partial(boundary, 4), "n=2": partial(boundary, 2)},
+    "boundary": {
+        "n=4": partial(boundary, 4),
+        "n=2": partial(boundary, 2),
+        "n=4 wide": partial(boundary, 4, 7168),
+    },
     "main": {
         "bf16": partial(streams, 4),
         "n=8": partial(streams, 8),

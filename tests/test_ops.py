@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from custom_ops.catalog import CATALOG, CONSTRAINTS, ROWS, make_inputs
+from custom_ops.catalog import CATALOG, ROWS, make_inputs
 from custom_ops.constraint import parse
+from custom_ops.variants import CONSTRAINTS
 from tests.conftest import cotangents, outputs_and_gradients, worst
 
 CASES = [(row.name, variant) for row in ROWS for variant in row.variants]

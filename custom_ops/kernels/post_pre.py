@@ -1,4 +1,4 @@
-"""Forward of the boundary: the streams written and projected in one pass, then read back once."""
+"""The boundary's write: the new streams written and projected in one pass."""
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 
 import torch
@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from custom_ops.constraint import Constraint
-from custom_ops.kernels.aggregate import aggregate
 from custom_ops.kernels.constrain import constrain
 from custom_ops.kernels.launch import launch
 from custom_ops.kernels.project import project_operand
@@ -159,9 +158,9 @@ def post_pre(
     bias: torch.Tensor,
     c: Constraint,
 ) -> tuple[torch.Tensor, ...]:
-    """x', u [T, C], pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
+    """x', pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
 
-    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 3n + 2.
+    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1.
     """
     streams, p, ss = post_project(x, y, post, res, phi)
     splits, width = p.shape[0], c.norm_width(x.shape[-1])
@@ -170,4 +169,4 @@ def post_pre(
     else:
         p, ss = p[0].clone(), ss[0].clone()
         pre, post, res = constrain(p, ss, alpha, bias, width, c)
-    return streams, aggregate(streams, pre).squeeze(1), pre, post, res, p, ss
+    return streams, pre, post, res, p, ss

@@ -13,12 +13,16 @@ from torch.fx import Graph
 
 import custom_ops
 from hc_compile.passes.first_sublayer import first_sublayer
+from hc_compile.passes.fold_norm import fold_norm
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
 from hc_compile.passes.graph import has_ops
 from hc_compile.passes.last_sublayer import last_sublayer
 
 GraphPass = Callable[[Graph], bool]
 PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer)
+UNTIMED: tuple[GraphPass, ...] = (
+    fold_norm,
+)  # right, but off until a device has timed its kernels
 
 
 def _sources() -> tuple[str, ...]:
