@@ -9,12 +9,11 @@
 A graph pass can't reach across the end of a graph. Where every block is a graph of its own, let
 the blocks take and return a state; the seam is then one op of the next graph, and of eager code:
 
-    block.compile()                               # two graphs serve any depth: with and without a
-    state = block(state)                          # pending write
+    block.compile()                              # two graphs serve any depth: with a pending
+    state = block(state)                         # write and without
     state = checkpoint(block, state, use_reentrant=False)
-    fully_shard(block)                            # a state is a pytree of tensors, as FSDP2 wants
-    leaves, form = pytree.tree_flatten(state)     # pipeline stage: send the leaves that are tensors,
-    state = pytree.tree_unflatten(leaves, form)   # the next stage does the write
+    leaves, form = pytree.tree_flatten(state)    # a pipeline stage sends the leaves that are
+    state = pytree.tree_unflatten(leaves, form)  # tensors; the next stage does the write
 
 A state costs y [..., C] and the coefficients on top of x where it is kept or sent; reading it
 needs no call to `resolve`, which does the write on its own where no sublayer follows.
