@@ -18,7 +18,6 @@ import torch
 from torch._inductor import config as inductor_config
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
-from hc_compile.kernel_analysis import remember_kernel_analyses
 from hc_compile.passes import PASSES, GraphPass, PassPipeline, without_pipeline
 
 
@@ -36,7 +35,6 @@ def hc_inductor(
         mode: as torch.compile's ("reduce-overhead", "max-autotune", ...).
         options: Inductor options, as torch.compile's.
     """
-    remember_kernel_analyses()
     options = dict(options or {})
     then = options.pop("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
     options["pre_grad_custom_pass"] = PassPipeline(then=without_pipeline(then))
@@ -79,7 +77,6 @@ def install(passes: Sequence[GraphPass] = PASSES) -> None:
     Args:
         passes: which of `hc_compile.passes.PASSES` to run, in order.
     """
-    remember_kernel_analyses()
     uninstall()
     pipeline = PassPipeline(passes, inductor_config.pre_grad_custom_pass)
     inductor_config.pre_grad_custom_pass = pipeline
