@@ -3,6 +3,12 @@
 `torch.compile(model, backend="hc_inductor", mode=..., options=...)` finds it without any import
 (entry point group `torch_dynamo_backends`); `hc.compile(model, ...)` is the same thing. After one
 `hc.install()` plain `torch.compile(model)` runs the passes too.
+
+Inductor's own options stay as they are. Among them `triton.mix_order_reduction`, on by default,
+gives wrong gradients on torch 2.10 to 2.13 where a sum over 4096 or more tokens lands in a slice
+of a `cat` (pytorch/pytorch#193061: modulation vectors chunked from one shared table). No graph of
+ours has such a sum, which a test holds; a model that has one needs
+`options={"triton.mix_order_reduction": False}` here as under plain torch.compile.
 """
 
 from collections.abc import Callable, Sequence

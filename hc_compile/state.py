@@ -6,8 +6,17 @@
         state = add_residual(branch(u))     # only notes y, post and res
     h = hc.reduce_streams(state, cfg)
 
-It is a NamedTuple, so a pytree: it crosses block, checkpoint and pipeline edges, and the seam
-between two sublayers is one op in eager code and in the next graph.
+A graph pass can't reach across the end of a graph. Where every block is a graph of its own, let
+the blocks take and return a state; the seam is then one op of the next graph, and of eager code:
+
+    block.compile()                              # two graphs serve any depth: with a pending
+    state = block(state)                         # write and without
+    state = checkpoint(block, state, use_reentrant=False)
+    leaves, form = pytree.tree_flatten(state)    # a pipeline stage sends the leaves that are
+    state = pytree.tree_unflatten(leaves, form)  # tensors; the next stage does the write
+
+A state costs y [..., C] and the coefficients on top of x where it is kept or sent; reading it
+needs no call to `resolve`, which does the write on its own where no sublayer follows.
 """
 
 from typing import NamedTuple

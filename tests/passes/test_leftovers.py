@@ -1,0 +1,69 @@
+"""What the passes leave beside hc:: ops: nothing of a stream's size that the twin does not have.
+
+Interpreted ops are opaque, so the traced graphs show the glue between them alone.
+"""
+
+import pytest
+import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+import hc_compile as hc
+from hc_compile.models import Transformer, TransformerConfig
+from hc_compile.passes import PASSES, PassPipeline
+
+COPIES = ("clone", "cat", "stack", "convert_element_type", "_to_copy", "copy")
+
+
+def traced(preset, passes):
+    """Forward and backward graph of four sublayers, bf16 streams."""
+    cfg = hc.HCConfig(16, preset=preset, iterations=2)
+    torch.manual_seed(0)
+    net = Transformer(
+        TransformerConfig(
+            vocab_size=8,
+            dim=16,
+            layers=2,
+            heads=2,
+            ffn_dim=16,
+            hc=cfg,
+            stream_dtype=torch.bfloat16,
+        )
+    )
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append(gm.graph)
+        return nop(gm, inputs)
+
+    inner = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=keep,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+    def backend(gm, inputs):
+        PassPipeline(passes)(gm.graph)
+        gm.recompile()
+        return inner(gm, inputs)
+
+    torch.compiler.reset()
+    torch.compile(net, backend=backend, fullgraph=True)(torch.arange(4)[None]).sum().backward()
+    return graphs
+
+
+def copies(graph):
+    """How many nodes copy or cast a tensor."""
+    nodes = (node for node in graph.nodes if node.op == "call_function")
+    names = (str(getattr(node.target, "_opname", node.target)) for node in nodes)
+    return sum(name in COPIES for name in names)
+
+
+@pytest.mark.interpreter
+def test_no_copies_or_casts_beyond_the_twins():
+    """One more backward, and small: the gradient of the φ that was summed over the streams."""
+    forward, backward = (copies(graph) for graph in traced("residual", PASSES))
+    ours = [copies(graph) for graph in traced("mhc", PASSES)]
+    assert ours == [forward, backward + 1]
