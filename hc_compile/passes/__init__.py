@@ -12,7 +12,6 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 import custom_ops
-from hc_compile.kernel_analysis import remember_kernel_analyses
 from hc_compile.passes.first_sublayer import first_sublayer
 from hc_compile.passes.fold_norm import fold_norm
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
@@ -40,7 +39,6 @@ class PassPipeline(CustomGraphPass):
     """
 
     def __init__(self, passes: Sequence[GraphPass] = PASSES, then: Any = None):
-        remember_kernel_analyses()
         self.passes = tuple(passes)
         self.then = then
         self.identity = self.uuid()  # pickled into the cache key where uuid() is not asked for
