@@ -214,7 +214,8 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read side of a sublayer: u and the coefficients pre, post, res."""
     pre, post, res = coefficients(x, phi, alpha, bias, c)
-    return aggregate(x, pre), pre, post, res
+    every = pre if c.views == 1 else pre.expand(*x.shape[:-2], *pre.shape[-2:])
+    return aggregate(x, every), pre, post, res
 
 
 def post_pre(
