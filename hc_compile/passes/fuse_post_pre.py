@@ -6,7 +6,8 @@ before                                       after
         hc.pre(x', φ, α, b)                                      spec, ghost)
 
 Numerics-preserving: the same mathematics in the same order; ∂x' is no longer rounded between the
-two. x' may have other users. A post without a pre, or a pre without a post, stays as it is.
+two. x' may have other users, and reshapes that undo each other may lie between the two. A post
+without a pre, or a pre without a post, stays as it is.
 """
 
 from typing import Any
@@ -14,7 +15,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from hc_compile.passes.graph import arguments, is_op, only_unpacked, outputs, take
+from hc_compile.passes.graph import (
+    arguments,
+    is_op,
+    only_unpacked,
+    outputs,
+    skip_reshapes,
+    take,
+)
 
 
 def fuse_post_pre(graph: Graph) -> bool:
@@ -23,7 +31,7 @@ def fuse_post_pre(graph: Graph) -> bool:
     for node in list(graph.nodes):
         if not is_op(node, "pre"):
             continue
-        post = arguments(node, "pre")["x"]
+        post = skip_reshapes(arguments(node, "pre")["x"])
         if is_op(post, "post") and only_unpacked(node) and _fuse(graph, post, node):
             changed = True
     return changed
