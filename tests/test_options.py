@@ -214,3 +214,18 @@ def test_bad_branch_output_with_fractions():
     _, add_residual = layer(draw(3, 2, DIM))
     with pytest.raises(ValueError, match=r"y must be \[\.\.\., C\] = \[3, 12\], got \[3, 6\]"):
         add_residual(draw(3, 6))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("name", "fractions"), [("fhc", 4), ("mhc", 2), ("mhc-ortho", 2)])
+@pytest.mark.parametrize(("proposals", "norm"), [(1, "rms"), (2, "layer")])
+def test_interpreted_kernels(name, fractions, proposals, norm):
+    """Fractions, views and branches in the Triton kernels, float32 against float64."""
+    cfg = config(name, fractions, 2, 3, proposals, norm, False)
+    net, x = build(cfg), draw(3, N, DIM, dtype=torch.float64)
+    truth = run(step, net, x)
+    x = x.float().requires_grad_()
+    out = step(net.float(), x)
+    cot = draw(*out.shape, seed=9, dtype=torch.float64).float()
+    found = [out, *torch.autograd.grad(out, [x, *net.parameters()], cot)]
+    agree([t.double() for t in found], truth, 2e-2 if "ortho" in name else 1e-3)
