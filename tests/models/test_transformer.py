@@ -140,7 +140,7 @@ def test_config_errors(options, text):
 
 
 def test_refuses_several_views():
-    with pytest.raises(ValueError, match="hc.views and hc.branches must be 1"):
+    with pytest.raises(ValueError, match=r"hc\.views and hc\.branches must be 1"):
         replace(make().cfg, hc=hc.HCConfig(16, 4, views=2))
 
 
