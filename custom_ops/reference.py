@@ -230,7 +230,7 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read side of a sublayer: u (normed if c says so) and the coefficients pre, post, res."""
     pre, post, res = coefficients(x, phi, alpha, bias, c)
-    u = aggregate(x, pre)
+    u = aggregate(x, pre if c.views == 1 else pre.expand(*x.shape[:-2], *pre.shape[-2:]))
     if c.read_norm != "none":
         assert weight is not None
         u = read_norm(u, weight, shift, c)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from custom_ops.constraint import Constraint, check_count
+from custom_ops.constraint import CHOICES, Constraint, check_count
 from hc_compile.presets import PRESETS, Preset
 
 IMPLEMENTATIONS = ("ops", "plain")
-REDUCTIONS = ("mean", "sum", "head")
+REDUCTIONS = ("mean", "sum", "head", "attention")
 EXPANSIONS = ("repeat", "embedding")
 
 
@@ -21,11 +21,19 @@ class HCConfig:
         preset: name of a row of `hc.PRESETS`, or a `Preset` of your own.
         iterations: Sinkhorn iterations; None takes the preset's (20).
         norm_eps: eps of the RMS norm before the projection; None takes the preset's (1e-6).
-        reduce: "mean", "sum" or "head"; None takes the preset's.
+        reduce: "mean", "sum", "head" or "attention" (Σ_i softmax_i(W x_i) ⊙ x_i); None takes the
+            preset's.
         expand: "repeat", or "embedding" for a learned zero-initialised stream embedding on top.
         precision: of φ in the projection kernels, "bf16x2" (>= 16 mantissa bits), "bf16", "tf32"
             or "ieee"; None takes the preset's ("bf16x2").
         implementation: "ops" for the hc:: ops, "plain" for the same mathematics in plain torch.
+        fractions: f, parts of the width that mix like streams; None takes the preset's (1).
+        views: V inputs of the branch; u is then [..., V, C].
+        branches: W outputs of the branch; y is then [..., W, C].
+        proposals: P projections whose coefficients are averaged.
+        norm: "rms" or "layer" (mean subtracted) before the projection; a gain is part of φ.
+        mix_before_norm: coefficients from streams mixed by a learned [n·f, n·f] matrix.
+        dropout: of the written streams, in training.
 
     Raises: ValueError or TypeError that name the argument, what it must be and what it was.
     """
@@ -39,6 +47,13 @@ class HCConfig:
     expand: str = "repeat"
     precision: str | None = None
     implementation: str = "ops"
+    fractions: int | None = None
+    views: int = 1
+    branches: int = 1
+    proposals: int = 1
+    norm: str | None = None
+    mix_before_norm: bool = False
+    dropout: float = 0.0
     constraint: Constraint = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
     row: Preset = field(init=False, repr=False, compare=False, default=None)  # type: ignore[assignment]
 
@@ -47,15 +62,28 @@ class HCConfig:
         check_count("dim", self.dim, least=1)
         streams = row.streams if self.streams is None else self.streams
         check_count("streams", streams, least=1)
-        if row.max_streams is not None and streams > row.max_streams:
+        fractions = row.fractions if self.fractions is None else self.fractions
+        check_count("fractions", fractions, least=1)
+        if self.dim % fractions:
+            raise ValueError(f"dim must be divisible by fractions = {fractions}, got {self.dim}")
+        total = streams * fractions
+        if row.max_streams is not None and total > row.max_streams:
+            what = "streams" if fractions == 1 else "streams * fractions"
             raise ValueError(
-                f"streams must be <= {row.max_streams} for preset {row.name!r}, got {streams}"
+                f"{what} must be <= {row.max_streams} for preset {row.name!r}, got {total}"
             )
+        self._check_options(total)
         reduce = row.reduce if self.reduce is None else self.reduce
         _choice("reduce", reduce, REDUCTIONS)
         _choice("expand", self.expand, EXPANSIONS)
         _choice("implementation", self.implementation, IMPLEMENTATIONS)
-        changes: dict[str, Any] = {"streams": streams} | row.constraint
+        changes: dict[str, Any] = row.constraint | {
+            "streams": total,
+            "views": self.views * fractions,
+            "branches": self.branches,
+        }
+        if self.norm is not None:
+            changes["norm"] = self.norm
         if self.iterations is not None:
             check_count("iterations", self.iterations, least=0)
             changes["iterations"] = self.iterations
@@ -64,14 +92,42 @@ class HCConfig:
         if self.precision is not None:
             changes["precision"] = self.precision
         object.__setattr__(self, "streams", streams)
+        object.__setattr__(self, "fractions", fractions)
         object.__setattr__(self, "reduce", reduce)
         object.__setattr__(self, "row", row)
         object.__setattr__(self, "constraint", Constraint(**changes))
+        composed = self.norm == "layer" or self.proposals > 1 or self.mix_before_norm
+        if composed and self.constraint.projection == "static":
+            raise ValueError(
+                "norm, proposals and mix_before_norm must be left alone for the static preset "
+                f"{row.name!r}, got {self.norm!r}, {self.proposals} and {self.mix_before_norm}"
+            )
+
+    def _check_options(self, total: int) -> None:
+        for name in ("views", "branches", "proposals"):
+            count = getattr(self, name)
+            check_count(name, count, least=1)
+            if count > 1 and total == 1:
+                raise ValueError(f"{name} must be 1 with one stream, got {count}")
+        if self.norm not in (None, *CHOICES["norm"]):
+            raise ValueError(f"norm must be one of {CHOICES['norm']}, got {self.norm!r}")
+        if not isinstance(self.mix_before_norm, bool):
+            kind = type(self.mix_before_norm).__name__
+            raise TypeError(f"mix_before_norm must be a bool, got {kind}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def n(self) -> int:
         """Number of streams, resolved."""
-        return self.constraint.streams
+        assert self.streams is not None
+        return self.streams
+
+    @property
+    def width(self) -> int:
+        """C/f, the width of one fraction."""
+        assert self.fractions is not None
+        return self.dim // self.fractions
 
     def _row(self) -> Preset:
         if isinstance(self.preset, Preset):
@@ -82,7 +138,15 @@ class HCConfig:
 
     def head_constraint(self) -> Constraint:
         """Constraint of the learned sigmoid head: only pre, no post and no res."""
-        return replace(self.constraint, projection="flat", post="none", manifold="none")
+        return replace(
+            self.constraint,
+            streams=self.n,
+            views=1,
+            branches=1,
+            projection="flat",
+            post="none",
+            manifold="none",
+        )
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 from custom_ops import reference
 from hc_compile import functional
-from hc_compile.checks import require_device, require_float, require_streams
+from hc_compile.checks import require_device, require_float, require_shape, require_streams
 from hc_compile.config import HCConfig
-from hc_compile.parameters import CoefficientParameters, HeadParameters, StreamEmbedding
+from hc_compile.fractions import join_views, merge, own_outputs, split, split_output
+from hc_compile.parameters import (
+    AttentionPool,
+    CoefficientParameters,
+    HeadParameters,
+    StreamEmbedding,
+)
 from hc_compile.state import StreamState
 
 
@@ -26,7 +32,7 @@ class HyperConnection(nn.Module):
         device, dtype: of the HC parameters, float32 (or float64 for reference runs). They live in
             the submodule `coefficients` and none is 0-d.
 
-    With n = 1 the layer has no parameters and is exactly x + F(x).
+    With n = 1 (and no fractions) the layer has no parameters and is exactly x + F(x).
     Source: HC, arXiv 2409.19606; mHC, arXiv 2512.24880, eq. 3–9.
     """
 
@@ -48,8 +54,11 @@ class HyperConnection(nn.Module):
         self.layer_index = layer_index
         self.branch = branch
         self.coefficients = (
-            CoefficientParameters(cfg, layer_index, device, dtype) if cfg.n > 1 else None
+            CoefficientParameters(cfg, layer_index, device, dtype)
+            if cfg.constraint.streams > 1
+            else None
         )
+        self.dropout = nn.Dropout(cfg.dropout) if cfg.dropout else None
         self.monitor: nn.Module | None = None  # see hc_compile.monitor
 
     def extra_repr(self) -> str:
@@ -81,43 +90,66 @@ class HyperConnection(nn.Module):
         state = x if isinstance(x, StreamState) else StreamState(x)
         require_streams(state.x, self.cfg.n, self.cfg.dim)
         if self.coefficients is None:
-            streams = resolve(state)
-            write = _add_lazily if lazy else _add_to_one
-            return streams.squeeze(-2), partial(write, streams)
+            x = resolve(state)
+            return x.squeeze(-2), partial(self._add_to_one, x, lazy)
+        x, (u, post, res, ghost) = self._coefficients(state, lazy)
+        if self.monitor is not None:
+            self.monitor(x, res)
+        c, fractions = self.cfg, self.cfg.dim // self.cfg.width
+        post = own_outputs(post, c.branches, fractions)
+        return join_views(u, c.views, fractions), partial(self._write, x, post, res, ghost, lazy)
+
+    def _coefficients(self, state: StreamState, lazy: bool) -> tuple[Tensor, tuple]:
+        """The streams split into fractions, a pending write done, and u, post, res, ghost."""
+        assert self.coefficients is not None
         plain = self.cfg.implementation == "plain"
         phi, alpha, bias = self.coefficients()
         parameters = (phi, alpha, bias, self.cfg.constraint)
         if plain:
             require_device(state.x, phi=phi, alpha=alpha, bias=bias)
         ops = reference if plain else functional
-        ghost, streams = None, state.x
+        x, mix = split(state.x, self.cfg.dim // self.cfg.width), self.coefficients.mix
+        if mix is not None:
+            x = x if state.pending is None else ops.post(x, *state.pending)
+            source = ops.aggregate(x, mix.expand(*x.shape[:-2], *mix.shape))
+            pre, post, res = ops.coefficients(source, *parameters)
+            return x, (ops.aggregate(x, pre), post, res, None)
         if state.pending is not None:
-            streams, u, _, post, res = ops.post_pre(streams, *state.pending, *parameters)
-        elif lazy or plain:
-            u, _, post, res = ops.pre(streams, *parameters)
+            x, u, _, post, res = ops.post_pre(x, *state.pending, *parameters)
+            return x, (u, post, res, None)
+        if lazy or plain:
+            u, _, post, res = ops.pre(x, *parameters)
+            return x, (u, post, res, None)
+        u, _, post, res, ghost = functional.read(x, *parameters)
+        return x, (u, post, res, ghost)
+
+    def _write(
+        self, x: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None, lazy: bool, y: Tensor
+    ) -> Tensor | StreamState:
+        fractions = self.cfg.dim // self.cfg.width
+        require_float("y", y)
+        if fractions > 1:
+            branches = () if self.cfg.branches == 1 else (self.cfg.branches,)
+            shape = (*x.shape[:-2], *branches, self.cfg.dim)
+            require_shape("y", y, "[..., W, C]" if branches else "[..., C]", shape)
+        y = split_output(y, self.cfg.branches, fractions)
+        if lazy and self.dropout is None:
+            functional.check_write(x, y, post, res)
+            return StreamState(merge(x, fractions), (y, post, res))
+        if self.cfg.implementation == "plain":
+            functional.check_write(x, y, post, res)
+            new = reference.post(x, y, post, res)
         else:
-            u, _, post, res, ghost = functional.read(streams, *parameters)
-        if self.monitor is not None:
-            self.monitor(streams, res)
-        if lazy:
-            return u, partial(_note, streams, post, res)
-        if plain:
-            return u, partial(_write_plain, streams, post, res)
-        return u, partial(_write, streams, post, res, ghost)
+            new = functional.post(x, y, post, res, ghost=ghost)
+        new = self._drop(merge(new, fractions))
+        return StreamState(new) if lazy else new
 
+    def _drop(self, x: Tensor) -> Tensor:
+        return x if self.dropout is None else self.dropout(x)
 
-def _write(x: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None, y: Tensor) -> Tensor:
-    return functional.post(x, y, post, res, ghost=ghost)
-
-
-def _write_plain(x: Tensor, post: Tensor, res: Tensor, y: Tensor) -> Tensor:
-    functional.check_write(x, y, post, res)
-    return reference.post(x, y, post, res)
-
-
-def _note(x: Tensor, post: Tensor, res: Tensor, y: Tensor) -> StreamState:
-    functional.check_write(x, y, post, res)
-    return StreamState(x, (y, post, res))
+    def _add_to_one(self, x: Tensor, lazy: bool, y: Tensor) -> Tensor | StreamState:
+        new = self._drop(_add_to_one(x, y))
+        return StreamState(new) if lazy else new
 
 
 def _add_to_one(x: Tensor, y: Tensor) -> Tensor:
@@ -129,15 +161,14 @@ def _add_to_one(x: Tensor, y: Tensor) -> Tensor:
     return (x + y.unsqueeze(-2)).to(x.dtype)
 
 
-def _add_lazily(x: Tensor, y: Tensor) -> StreamState:
-    return StreamState(_add_to_one(x, y))
-
-
 def resolve(state: Tensor | StreamState) -> Tensor:
     """The streams [..., n, C], with a pending write done."""
     if not isinstance(state, StreamState):
         return state
-    return state.x if state.pending is None else functional.post(state.x, *state.pending)
+    if state.pending is None:
+        return state.x
+    fractions = state.x.shape[-1] // state.pending[0].shape[-1]
+    return merge(functional.post(split(state.x, fractions), *state.pending), fractions)
 
 
 def expand_streams(h: Tensor, cfg: HCConfig) -> Tensor:
@@ -163,8 +194,10 @@ def reduce_streams(x: Tensor | StreamState, cfg: HCConfig) -> Tensor:
 
     Raises: ValueError if the configuration needs parameters (use StreamReduce).
     """
-    if cfg.reduce == "head" and cfg.n != 1:
-        raise ValueError("cfg.reduce must be 'mean' or 'sum' (or use StreamReduce), got 'head'")
+    if cfg.reduce in ("head", "attention") and cfg.n != 1:
+        raise ValueError(
+            f"cfg.reduce must be 'mean' or 'sum' (or use StreamReduce), got {cfg.reduce!r}"
+        )
     x = resolve(x)
     require_streams(x, cfg.n, cfg.dim)
     if cfg.n == 1:
@@ -196,9 +229,9 @@ class StreamExpand(nn.Module):
 
 
 class StreamReduce(nn.Module):
-    """`reduce_streams` as a module, with the learned sigmoid head if configured.
+    """`reduce_streams` as a module, with the learned head or attention pool if configured.
 
-    The head (DeepSeek-V4) is Σ_i (σ(α φx·r + b) + eps)_i x_i.
+    The head (DeepSeek-V4) is Σ_i (σ(α φx·r + b) + eps)_i x_i, the pool Σ_i softmax_i(W x_i) ⊙ x_i.
     """
 
     def __init__(
@@ -213,9 +246,15 @@ class StreamReduce(nn.Module):
         learned = cfg.reduce == "head" and cfg.n > 1
         self.head = HeadParameters(cfg, device, dtype) if learned else None
         self.constraint = cfg.head_constraint()
+        pooled = cfg.reduce == "attention" and cfg.n > 1
+        self.attention = AttentionPool(cfg, device, dtype) if pooled else None
 
     def forward(self, x: Tensor | StreamState) -> Tensor:
         """[..., n, C] -> [..., C]."""
+        if self.attention is not None:
+            x = resolve(x)
+            require_streams(x, self.cfg.n, self.cfg.dim)
+            return functional.attention_pool(x, self.attention.weight)
         if self.head is None:
             return reduce_streams(x, self.cfg)
         x = resolve(x)

@@ -6,9 +6,14 @@ from torch import Tensor, nn
 from hc_compile.config import HCConfig
 from hc_compile.initial import initial_bias
 
+PROPOSAL_STD = 0.02  # of φ with several proposals: equal ones would have equal gradients forever
+
 
 class CoefficientParameters(nn.Module):
-    """φ [M, K], α and b [M] of one sublayer; calling it gives the op arguments (φ, α [3], b)."""
+    """φ [M, K] ([P, M, K] with P proposals), α and b [M]; calling it gives the op arguments.
+
+    mix [N, N], where asked for, is the identity that mixes the streams before the norm.
+    """
 
     def __init__(
         self,
@@ -20,14 +25,20 @@ class CoefficientParameters(nn.Module):
         super().__init__()
         c, row = cfg.constraint, cfg.row
         self.alpha_index = row.alpha_index
-        bias = initial_bias(row.bias_init, c, layer_index)
+        bias = initial_bias(row.bias_init, c, layer_index, cfg.fractions or 1)
         self.bias = nn.Parameter(bias.to(device=device, dtype=dtype))
+        self.mix = None
+        if cfg.mix_before_norm:
+            self.mix = nn.Parameter(torch.eye(c.streams, device=device, dtype=dtype))
         if c.projection == "static":
             self.register_parameter("phi", None)
             self.register_parameter("alpha", None)
             return
-        columns = c.norm_width(cfg.dim)
-        self.phi = nn.Parameter(_normal(c.rows, columns, row.phi_std, device, dtype))
+        shape = (c.rows, c.norm_width(cfg.width))
+        several = cfg.proposals > 1
+        shape = (cfg.proposals, *shape) if several else shape
+        std = max(row.phi_std, PROPOSAL_STD) if several else row.phi_std
+        self.phi = nn.Parameter(_normal(shape, std, device, dtype))
         self.alpha = nn.Parameter(torch.tensor(row.alpha, device=device, dtype=dtype))
 
     def forward(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -43,8 +54,8 @@ class HeadParameters(nn.Module):
     def __init__(self, cfg: HCConfig, device: torch.device | str | None, dtype: torch.dtype):
         super().__init__()
         c = cfg.head_constraint()
-        columns = c.norm_width(cfg.dim)
-        self.phi = nn.Parameter(_normal(c.rows, columns, cfg.row.phi_std, device, dtype))
+        shape = (c.rows, c.norm_width(cfg.dim))
+        self.phi = nn.Parameter(_normal(shape, cfg.row.phi_std, device, dtype))
         self.alpha = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(c.total, device=device, dtype=dtype))
 
@@ -63,16 +74,27 @@ class StreamEmbedding(nn.Module):
         return x + self.weight.to(x.dtype)
 
 
-def _normal(rows: int, columns: int, std: float, device, dtype: torch.dtype) -> Tensor:
-    phi = torch.zeros(rows, columns, device=device, dtype=dtype)
+class AttentionPool(nn.Module):
+    """W [C, C] of the attention over streams, the identity at the start."""
+
+    def __init__(self, cfg: HCConfig, device: torch.device | str | None, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(cfg.dim, device=device, dtype=dtype))
+
+
+def _normal(shape: tuple[int, ...], std: float, device, dtype: torch.dtype) -> Tensor:
+    phi = torch.zeros(shape, device=device, dtype=dtype)
     return phi.normal_(0.0, std) if std else phi
+
+
+STATIC = CoefficientParameters | HeadParameters | StreamEmbedding | AttentionPool
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
     """Optimiser groups with the papers' rule: no weight decay on static HC weights.
 
-    b, α and stream embeddings are not decayed, φ is (HC, arXiv 2409.19606, section 4); outside
-    hyper-connections, matrices are decayed and vectors are not.
+    b, α, embeddings, mixes and pools of streams are not decayed, φ is (HC, arXiv 2409.19606,
+    section 4); outside hyper-connections, matrices are decayed and vectors are not.
 
     Args:
         model: any module that contains hyper-connections (or none).
@@ -84,7 +106,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
     static = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, CoefficientParameters | HeadParameters | StreamEmbedding)
+        if isinstance(module, STATIC)
         for name, parameter in module.named_parameters(recurse=False)
         if name != "phi"
     }

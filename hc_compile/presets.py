@@ -25,7 +25,8 @@ class Preset:
     constraint: fields of `custom_ops.constraint.Constraint` that differ from its defaults.
     bias_init: rule of `hc_compile.initial` for b. phi_std: standard deviation of φ, 0 for zeros.
     alpha: initial gates; alpha_index says which of them gates pre, post and res.
-    reduce: "mean", "sum" or "head" (learned sigmoid head). streams: default n; max_streams: limit.
+    reduce: "mean", "sum" or "head" (learned sigmoid head). streams, fractions: defaults;
+    max_streams: limit of their product.
     equals_residual: whether the network equals its plain residual twin at initialisation.
     """
 
@@ -38,6 +39,7 @@ class Preset:
     alpha_index: tuple[int, int, int] = (0, 1, 2)
     reduce: str = "mean"
     streams: int = 4
+    fractions: int = 1
     max_streams: int | None = None
     equals_residual: bool = True
 
@@ -66,6 +68,16 @@ _ROWS = (
         bias_init="hc",
         alpha=(0.01, 0.01),
         alpha_index=(0, 1, 0),
+    ),
+    Preset(
+        "fhc",
+        "Frac-connections, arXiv 2503.14125: HC over fractions of one stream's width",
+        DYNAMIC_HC | {"squash": "tanh"},
+        bias_init="hc",
+        alpha=(0.01, 0.01),
+        alpha_index=(0, 1, 0),
+        streams=1,
+        fractions=2,
     ),
     Preset("mhc", "mHC eq. 3–9: columns first, rows last, 20 iterations"),
     Preset(

@@ -50,7 +50,7 @@ def test_add_residual_used_twice_late_or_never():
 
 @pytest.mark.parametrize("name", list(hc.PRESETS))
 def test_one_stream_is_an_exact_residual(name):
-    cfg = hc.HCConfig(DIM, 1, name)
+    cfg = hc.HCConfig(DIM, 1, name, fractions=1)
     layer = hc.HyperConnection(cfg, branch=torch.tanh)
     assert not list(layer.parameters())
     h = draw(2, 3, DIM)
@@ -149,6 +149,15 @@ BAD_CONFIG = [
     ({"iterations": 2.5}, TypeError, "iterations must be an int, got float"),
     ({"reduce": "max"}, ValueError, "reduce must be one of .*got 'max'"),
     ({"expand": "x"}, ValueError, "expand must be one of"),
+    ({"fractions": 3}, ValueError, "dim must be divisible by fractions = 3, got 8"),
+    ({"fractions": 2, "preset": "mhc-lite"}, ValueError, r"streams \* fractions must be <= 5"),
+    ({"views": 0}, ValueError, "views must be >= 1, got 0"),
+    ({"branches": 2, "streams": 1}, ValueError, "branches must be 1 with one stream, got 2"),
+    ({"proposals": 2, "preset": "shc"}, ValueError, "must be left alone for the static preset"),
+    ({"norm": "batch"}, ValueError, "norm must be one of .*got 'batch'"),
+    ({"norm": "layer", "preset": "shc"}, ValueError, "must be left alone for the static preset"),
+    ({"mix_before_norm": 1}, TypeError, "mix_before_norm must be a bool, got int"),
+    ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
     ({"precision": "fp8"}, ValueError, "precision must be one of .*got 'fp8'"),
     ({"implementation": "cuda"}, ValueError, "implementation must be one of"),
 ]

@@ -61,4 +61,10 @@ CHUNK = {1: 10, 2: 10, 4: 10, 8: 4, 16: 4}
 
 def tile_of(table: dict, c: Constraint) -> tuple[int, int]:
     """Tokens a program and warps."""
-    return table.get(c.manifold, table[None])[padded(c.streams)]
+    tiles = table.get(c.manifold, table[None])
+    if padded(c.streams) not in tiles:
+        raise ValueError(
+            f"streams must be <= {max(tiles)} for the kernels of manifold {c.manifold!r} (or set "
+            f"HC_DISABLE_TRITON=1), got {c.streams}"
+        )
+    return tiles[padded(c.streams)]

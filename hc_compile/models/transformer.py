@@ -68,6 +68,11 @@ class TransformerConfig:
             object.__setattr__(self, "hc", HCConfig(dim=self.dim, streams=4, preset="mhc"))
         if self.hc.dim != self.dim:
             raise ValueError(f"hc.dim must be dim = {self.dim}, got {self.hc.dim}")
+        if (self.hc.views, self.hc.branches) != (1, 1):
+            raise ValueError(
+                "hc.views and hc.branches must be 1, as its branches have one input and output, "
+                f"got {self.hc.views} and {self.hc.branches}"
+            )
 
 
 class Block(nn.Module):

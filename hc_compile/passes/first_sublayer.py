@@ -90,7 +90,8 @@ def _is_ours(user: Node, x: Node) -> bool:
         return False
     if name == "post_pre":
         return given["ghost"] is None
-    if parse(given["spec"]).projection == "static" or value(given["phi"]) is None:
+    c = parse(given["spec"])
+    if c.projection == "static" or c.read_norm != "none" or value(given["phi"]) is None:
         return False
     ghosts = [g for ghost in outputs(user).get(GHOST, []) for g in ghost.users]
     return all(is_op(g, "post") and arguments(g, "post")["x"] is x for g in ghosts)

@@ -6,9 +6,10 @@ before                                       after
         hc.pre(x', φ, α, b)                                      spec, ghost)
 
 Numerics-preserving: the same mathematics in the same order; ∂x' is no longer rounded between the
-two. x' may have other users. A post without a pre, or a pre without a post, stays as it is; so do
-a pair whose values something writes in place, a pair in different grad or autocast regions, and a
-post that changes the number of streams.
+two. x' may have other users, and reshapes that undo each other may lie between the two. A post
+without a pre, or a pre without a post, stays as it is; so do a pair whose values something writes
+in place, a pair in different grad or autocast regions, and a post that changes the number of
+streams.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from hc_compile.passes.graph import (
     only_unpacked,
     outputs,
     regions,
+    skip_reshapes,
     take,
     untouched,
     value,
@@ -36,7 +38,7 @@ def fuse_post_pre(graph: Graph) -> bool:
     for node in list(graph.nodes):
         if not is_op(node, "pre"):
             continue
-        post = arguments(node, "pre")["x"]
+        post = skip_reshapes(arguments(node, "pre")["x"])
         if is_op(post, "post") and only_unpacked(node) and _fuse(graph, post, node, region, order):
             changed = True
     return changed
@@ -46,16 +48,17 @@ def _fuse(graph: Graph, post: Node, pre: Node, region: dict, order: dict) -> boo
     write, read = arguments(post, "post"), arguments(pre, "pre")
     first_user = min(post.users, key=order.__getitem__)
     tail = [read["phi"], read["alpha"], read["bias"]]
-    if any(isinstance(t, Node) and order[t] >= order[first_user] for t in tail):
+    norm = [read["weight"], read["shift"]]
+    if any(isinstance(t, Node) and order[t] >= order[first_user] for t in tail + norm):
         return False
     if not region[post] == region[first_user] == region[pre]:
         return False
-    if not untouched(post, *write.values(), *tail) or not _square(write["res"]):
+    if not untouched(post, *write.values(), *tail, *norm) or not _square(write["res"]):
         return False
     with graph.inserting_before(first_user):
         inputs = (write["x"], write["y"], write["post"], write["res"], *tail, read["spec"])
         ghosts = (write["ghost"], read["with_ghost"])
-        fused = graph.call_function(torch.ops.hc.post_pre.default, (*inputs, *ghosts))
+        fused = graph.call_function(torch.ops.hc.post_pre.default, (*inputs, *ghosts, *norm))
         fused.meta = dict(pre.meta) | _example_values(post, pre)
         streams = take(graph, fused, 0, like=post)
     post.replace_all_uses_with(streams, delete_user_cb=lambda user: user is not pre)

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+
+RESHAPES = ("flatten", "unflatten")  # of contiguous tensors: the order of the elements stays
 
 
 def has_ops(graph: Graph) -> bool:
@@ -43,6 +47,32 @@ def arguments(node: Node, name: str) -> dict[str, Any]:
     given = {a.name: value for a, value in zip(schema, node.args, strict=False)}
     given |= node.kwargs
     return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def skip_reshapes(node: Any) -> Any:
+    """`node`, or in its place its origin where the reshapes between them change nothing.
+
+    Merged fractions that are split again are such.
+    """
+    origin: Any = node
+    while isinstance(origin, Node) and origin.op == "call_method" and origin.target in RESHAPES:
+        origin = origin.args[0]
+    if origin is node or not _same_shape(origin, node):
+        return node
+    node.replace_all_uses_with(origin)
+    while node is not origin and not node.users:
+        node, unused = node.args[0], node
+        unused.graph.erase_node(unused)
+    return origin
+
+
+def _same_shape(*nodes: object) -> bool:
+    values = [n.meta.get("example_value") if isinstance(n, Node) else None for n in nodes]
+    shapes = [value.shape if isinstance(value, Tensor) else None for value in values]
+    first, second = shapes
+    if first is None or second is None or len(first) != len(second):
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
 def outputs(node: Node) -> dict[int, list[Node]]:

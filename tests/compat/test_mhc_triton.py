@@ -263,3 +263,21 @@ BAD = [
 def test_errors(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("n", [3, 4])
+def test_interpreted_kernels(n):
+    """Its three operations in their Triton kernels, float32 against float64."""
+    inputs = [draw(2, 3, n, 33), draw(2, 3, 33, seed=1), draw(2, n, seed=2), draw(2, n, n, seed=3)]
+    layer = randomised(mhc.HyperConnection(33, n))
+
+    def step(x, y, post, res):
+        u, mixed = mhc.fused_stream_mix(x, post, mhc.sinkhorn_knopp(res, 3))
+        v, add_residual = layer.to(x.dtype)(x)
+        return u, mhc.fused_add_residual(mixed, y, post), v, add_residual(y)
+
+    wide = outputs_and_gradients(step, inputs)
+    narrow = outputs_and_gradients(step, [t.float() for t in inputs])
+    for a, b in zip(narrow[0] + narrow[1], wide[0] + wide[1], strict=True):
+        assert worst(a, b) < 2e-4

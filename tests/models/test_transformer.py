@@ -139,6 +139,11 @@ def test_config_errors(options, text):
         make(**options)
 
 
+def test_refuses_several_views():
+    with pytest.raises(ValueError, match=r"hc\.views and hc\.branches must be 1"):
+        replace(make().cfg, hc=hc.HCConfig(16, 4, views=2))
+
+
 def test_forward_errors():
     model = make()
     with pytest.raises(TypeError, match="tokens must be int64 or int32"):

@@ -9,6 +9,8 @@ from hc_compile.checks import require_float
 def unfold(x: Tensor, streams: int, dim: int, channel_first: bool = False) -> Tensor:
     """[(b s), ..., d], or [(b s), d, ...] if channel_first, to [b, ..., s, d].
 
+    Contiguous: one copy here, or every op of the read, the write and their backward makes its own.
+
     Raises: ValueError, TypeError if `residuals` has another shape or dtype.
     """
     require_float("residuals", x)
@@ -20,7 +22,7 @@ def unfold(x: Tensor, streams: int, dim: int, channel_first: bool = False) -> Te
         )
     x = x.unflatten(0, (x.shape[0] // streams, streams))
     x = x.movedim(2, -1) if channel_first else x
-    return x.movedim(1, -2)
+    return x.movedim(1, -2).contiguous()
 
 
 def fold(x: Tensor, channel_first: bool = False) -> Tensor:
