@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import hc_compile as hc
+from hc_compile import monitor
 from hc_compile.layers import apply_rope, fused_swiglu, rms_norm, rope_tables
 from profiles.capture import capture
 from profiles.sublayer import draw_coefficients
@@ -154,11 +155,16 @@ class Sublayer(nn.Module):
 
 
 def sublayer_case(size: Size, dtype: torch.dtype, device: str) -> Case:
-    """The functions next to hyper-connection ops; Liger's inside the same compiled sublayer."""
+    """The functions next to hyper-connection ops; Liger's inside the same compiled sublayer.
+
+    "watched" has a monitor of its residual mix.
+    """
     x = _randn((size.tokens, size.streams, size.width), dtype, device)
-    plain = Sublayer(size, dtype, device, liger=False)
+    plain, watched = (Sublayer(size, dtype, device, liger=False) for _ in range(2))
+    monitor.watch(watched)
     ways: dict[str, Callable] = {
         "eager": plain,
+        "Inductor, watched": hc.compile(watched, dynamic=False),
         "Inductor": hc.compile(plain, dynamic=False),
     }
     if _liger(device):
@@ -174,13 +180,21 @@ CASES: dict[str, Callable[[Size, torch.dtype, str], Case]] = {
 }
 
 
+@torch.no_grad()
+def _outputs(case: Case, way: Callable) -> tuple[Tensor, ...]:
+    out = way(*case.inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    pairs = zip(found, expected, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
 def _calls(case: Case, way: Callable) -> dict[str, Callable[[], object]]:
     """Forward without grad, and forward with backward against random cotangents."""
     parameters = list(way.parameters()) if isinstance(way, nn.Module) else []
-    with torch.no_grad():
-        out = way(*case.inputs)
-    outs = out if isinstance(out, tuple) else (out,)
-    cotangents = tuple(torch.randn_like(o) for o in outs)
+    cotangents = tuple(torch.randn_like(out) for out in _outputs(case, way))
     leaves = [*case.inputs, *parameters]
 
     def train() -> object:
@@ -193,11 +207,16 @@ def _calls(case: Case, way: Callable) -> dict[str, Callable[[], object]]:
 def measure_case(
     name: str, size: Size, dtype: torch.dtype, device: str, effort: Effort, bandwidth: float
 ) -> Iterator[dict]:
-    """One record a way: times without and with a CUDA graph, launches, × floor of the train."""
+    """One record a way: times without and with a CUDA graph, launches, × floor of the train.
+
+    difference: from the eager way's outputs, over their largest element.
+    """
     torch.compiler.reset()
     case = CASES[name](size, dtype, device)
+    expected = _outputs(case, case.ways["eager"])
     for way, function in case.ways.items():
         record: dict = {"case": name, "way": way, "tokens": size.tokens, "width": size.width}
+        record["difference"] = _difference(_outputs(case, function), expected)
         for direction, call in _calls(case, function).items():
             cost = measure(call, device, effort)
             with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +225,6 @@ def measure_case(
                 f"{direction}_ms": cost.ms,
                 f"{direction}_graph_ms": cost.graph_ms,
                 f"{direction}_launches": launches,
-                f"{direction}_first_seconds": cost.first_seconds,
             }
         floor = floor_ms(case.units[1], size.tokens, size.width, dtype.itemsize, bandwidth)
         best = record["train_graph_ms"] or record["train_ms"]

@@ -19,10 +19,11 @@ def test_tiny_run_records_and_renders(tmp_path, capsys):
     data = json.loads(file.read_text())
     assert json.loads(out.splitlines()[-1]) == data
     assert data["machine"]["git_commit"] == "abc"
-    assert [(r["case"], r["way"]) for r in data["layers"]] == [
-        (case, way) for case in CASES for way in ("eager", "Inductor")
-    ]
+    ways = [(case, way) for case in CASES for way in ("eager", "Inductor")]
+    ways.insert(-1, (ways[-1][0], "Inductor, watched"))
+    assert [(r["case"], r["way"]) for r in data["layers"]] == ways
     for record in data["layers"]:
+        assert record["difference"] < 1e-5
         assert record["train_launches"] > record["forward_launches"] > 0
         assert (record["x_floor"] is None) == record["case"].startswith("mHC")
     kept, again = data["memory"][:2]
