@@ -1,8 +1,8 @@
 """Megatron's hyper-connections: its flags, its layer around attention and MLP, its block.
 
-    cfg = megatron.from_flags(transformer_config)          # flags -> HCConfig and what is beside
-    layer = megatron.Layer(cfg, attention, mlp, layer_number=1)
-    block = megatron.Block(cfg, layers)                    # [s, b, h] -> [s, b, h]
+    flags = megatron.from_flags(transformer_config)        # flags -> HCConfig and what is beside
+    layer = megatron.Layer(flags, attention, mlp, layer_number=1)
+    block = megatron.Block(flags, layers)                  # [s, b, h] -> [s, b, h]
 
 Between layers the streams are [s, b, n·h], stream by stream. Both flag sets are read: the fork's
 (`use_hyper_connections`, …) and Megatron-LM's (`enable_mhc_connections`, …).
@@ -40,7 +40,7 @@ def contract(hidden: Tensor, cfg: hc.HCConfig) -> Tensor:
 
 
 class HyperConnection(hc.HyperConnection):
-    """`hc_compile.HyperConnection` on [s, b, n·h] that always watches its residual mix."""
+    """`hc_compile.HyperConnection` on [s, b, n·h] that watches its residual mix from the start."""
 
     def __init__(self, cfg: hc.HCConfig, layer_index: int, **options: Any) -> None:
         super().__init__(cfg, layer_index, **options)
@@ -56,9 +56,11 @@ class HyperConnection(hc.HyperConnection):
         return u, lambda y: add_residual(y).flatten(-2)
 
     def get_log_amax(self) -> float | None:
-        """Log of the spectral norm of H_res, mean over tokens; None before the first forward."""
-        assert isinstance(self.monitor, Monitor)
-        return self.monitor.log_amax()
+        """Log of the spectral norm of H_res, mean over tokens; None before the first forward.
+
+        Also None once `monitor.unwatch` took the monitor away.
+        """
+        return self.monitor.log_amax() if isinstance(self.monitor, Monitor) else None
 
 
 class Layer(nn.Module):

@@ -115,6 +115,7 @@ def _xformers(q, k, v, attn_mask, dropout_p, is_causal, scale) -> Tensor:
 
 def _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale) -> Tensor:
     queries, keys = q.shape[-2], k.shape[-2]
+    is_causal = is_causal and queries > 1  # one query stands at the last key
     plain = attn_mask is None and queries == keys
     if is_causal and not plain:
         keep = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)

@@ -67,11 +67,12 @@ def compute_memory_footprint(
     """Megabytes (10⁶ bytes) that one eager training step of `model` needs at its peak.
 
     The forward, the loss and the backward run on fake tensors, which have sizes but no memory, as
-    the model stands (mode, dtypes, checkpointing); every storage is counted while it lives.
-    Buffers inside a kernel and the allocator's rounding are not seen.
+    the model stands (mode, dtypes, checkpointing) and on its device, so that attention takes the
+    kernel it would take there; every storage is counted while it lives. Buffers inside a kernel
+    and the allocator's rounding are not seen.
 
     Args:
-        model: on any device.
+        model: on any device; "meta" is counted as a CPU.
         batch_size, seq_len: of the tokens [B, S] that the model is called with.
         inputs: instead of tokens: tensors to call the model with.
         loss: of the model's output; default cross-entropy over the last dimension, in fp32.
@@ -115,6 +116,17 @@ class _Step(nn.Module):
         self.loss(out).backward()
 
 
+def _fake(tensor: Tensor) -> Tensor:
+    """Its like without memory, to be called in a FakeTensorMode; "meta" stands for a CPU."""
+    return torch.empty_strided(
+        tensor.size(),
+        tensor.stride(),
+        dtype=tensor.dtype,
+        device="cpu" if tensor.is_meta else tensor.device,
+        requires_grad=tensor.requires_grad,
+    )
+
+
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -126,16 +138,13 @@ def _peak(
     loss: Callable[[Any], Tensor],
 ) -> int:
     """Peak of the bytes that the step adds; gradients are among them."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     state = dict(model.named_parameters()) | dict(model.named_buffers())
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes: dict[str, Tensor] = {f"model.{k}": mode.from_tensor(t) for k, t in state.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {f"model.{name}": _fake(tensor) for name, tensor in state.items()}
         if inputs is None:
+            device = next((t.device for t in fakes.values()), None)
             inputs = (torch.zeros(size, dtype=torch.int64, device=device),)
-        given = tuple(
-            t if isinstance(t, torch._subclasses.FakeTensor) else mode.from_tensor(t)
-            for t in inputs
-        )
+        given = tuple(_fake(tensor) for tensor in inputs)
         count = LiveBytes()
         count.own([*fakes.values(), *given])
         with count:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hc_compile.config import HCConfig
+from hc_compile.layers import flexible_attention
 from hc_compile.models.cache import KVCache
 from hc_compile.module import HyperConnection, expand_streams, reduce_streams
 
@@ -17,43 +17,36 @@ def variant(use_tanh: bool = True, static_weights: bool = False) -> str:
 
 
 def attention_bias(
-    attention_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    queries: int,
-    keys: int,
+    attention_mask: Tensor | None, key_padding_mask: Tensor | None, queries: int, keys: int
 ) -> Tensor | None:
-    """The masks of nn.MultiheadAttention as one mask of scaled_dot_product_attention.
+    """The masks of nn.MultiheadAttention as the one that `flexible_attention` takes.
 
     Args:
         attention_mask: broadcastable to [B, H, queries, keys] or [B, queries, keys]; bool, True
             where a query may not look, or floating, added to the scores.
         key_padding_mask: [B, keys] bool, True at padding. A padding position still sees itself,
             or its row would be NaN; nobody else sees it.
-        is_causal: the last query stands at the last key.
-        queries, keys: numbers of positions.
+        queries, keys: numbers of positions; the last query stands at the last key.
     Returns: bool (True where it may look) or floating mask, None when nothing is hidden.
     """
     if attention_mask is not None and attention_mask.dim() == 3:
         attention_mask = attention_mask.unsqueeze(1)
-    given = key_padding_mask if attention_mask is None else attention_mask
-    if given is None and (not is_causal or queries == 1):
-        return None
-    device = None if given is None else given.device
-    keep = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    itself = keep.tril(keys - queries) & keep.triu(keys - queries)
-    keep = keep.tril(keys - queries) if is_causal else keep
-    if key_padding_mask is not None:
-        keep = (keep & ~key_padding_mask[:, None, None, :]) | itself
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = ~attention_mask
+    if key_padding_mask is None:
+        return attention_mask
+    rows = torch.arange(keys - queries, keys, device=key_padding_mask.device)
+    itself = rows[:, None] == torch.arange(keys, device=key_padding_mask.device)
+    keep = ~key_padding_mask[:, None, None, :] | itself
     if attention_mask is None:
         return keep
     if attention_mask.dtype == torch.bool:
-        return keep & ~attention_mask
+        return keep & attention_mask
     return attention_mask.masked_fill(~keep, float("-inf"))
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases, by torch's scaled_dot_product_attention."""
+    """Multi-head self-attention with biases, by `flexible_attention`."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -79,20 +72,9 @@ class SelfAttention(nn.Module):
         )
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        queries, keys = query.shape[-2], key.shape[-2]
-        plain = attention_mask is None and key_padding_mask is None and queries == keys
-        mask = None
-        if not plain:
-            mask = attention_bias(attention_mask, key_padding_mask, is_causal, queries, keys)
-            mask = mask if mask is None else mask.to(query.device)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal and plain,
-        )
+        mask = attention_bias(attention_mask, key_padding_mask, query.shape[-2], key.shape[-2])
+        dropout = self.dropout if self.training else 0.0
+        mixed = flexible_attention(query, key, value, mask, dropout, is_causal)
         return self.out_proj(mixed.transpose(1, 2).flatten(-2))
 
 

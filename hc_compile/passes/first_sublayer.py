@@ -103,7 +103,8 @@ def _split(graph: Graph, node: Node) -> Node:
     with graph.inserting_before(node):
         written = [given[name] for name in ("x", "y", "post", "res")]
         post = emit(graph, torch.ops.hc.post.default, *written)
-        parameters = [given[name] for name in ("phi", "alpha", "bias", "spec", "with_ghost")]
+        names = ("phi", "alpha", "bias", "spec", "with_ghost", "weight", "shift")
+        parameters = [given[name] for name in names]
         pre = emit(graph, torch.ops.hc.pre.default, post, *parameters)
     for index, items in outputs(node).items():
         for item in items:

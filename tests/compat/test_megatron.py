@@ -132,6 +132,9 @@ def test_seed_loop_runs_as_it_stands(capsys):
     grown = model.layers[1].hyper_conn_attn
     grown.monitor(randn(5, N, H), 3 * torch.eye(N).expand(5, N, N))
     assert grown.get_log_amax() == pytest.approx(torch.tensor(3.0).log().item())
+    monitor.unwatch(model)
+    model(randn(5, 2, H))
+    assert loop() == []
 
 
 @pytest.mark.parametrize("flags", [dict(hidden_size=H), FORK | dict(num_residual_streams=1)])

@@ -1,54 +1,18 @@
-"""TransformerWithHC: the six groups its users know, then masks, caches, twins and compiling."""
+"""TransformerWithHC: the six groups its users know, then twins, checkpoints and compiling."""
 
 import pytest
 import torch
-from torch import nn
 
 import hc_compile as hc
 from hc_compile.compat.with_hc import HyperConnection
-from hc_compile.models import TransformerLayerWithHC, TransformerWithHC, generate
-from hc_compile.models.with_hc_layer import attention_bias
+from hc_compile.models import TransformerLayerWithHC, TransformerWithHC
+from tests.models.cases import VARIANTS, ids, loss_of, make, move, randn
 
-VARIANTS = {
-    "dhc": dict(use_tanh=True, static_weights=False),
-    "dhc-no-tanh": dict(use_tanh=False, static_weights=False),
-    "shc": dict(use_tanh=True, static_weights=True),
-}
 SIZES = {  # hidden size, layers, heads: all parameters, those without embeddings, nominal
     (768, 12, 12): (125_337_456, 85_167_216, 117e6),
     (1024, 24, 16): (356_167_904, 302_607_584, 350e6),
     (1536, 32, 24): (987_543_680, 907_203_200, 1e9),
 }
-
-
-def make(seed=0, dtype=torch.float32, moved=False, **options):
-    torch.manual_seed(seed)
-    options = dict(vocab_size=37, hidden_size=16, num_layers=2, num_heads=2) | options
-    model = TransformerWithHC(**(dict(max_seq_length=12, dropout=0.0) | options)).to(dtype)
-    if moved:  # away from the residual that every variant starts as
-        move(model)
-    return model
-
-
-def move(module):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if "coefficients" in name:
-                p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
-
-
-def ids(rows=2, length=9, seed=0):
-    return torch.randint(37, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def loss_of(model, seed=0):
-    logits = model(ids(seed=seed))
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids(seed=seed + 10).flatten())
 
 
 # group 1: the block alone
@@ -162,102 +126,6 @@ def test_streams_run_through_the_stack():
     assert (seen[0] - seen[0].mean(-2, keepdim=True)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_token_changes_nothing_before_it(name):
-    model, inputs = make(moved=True, **VARIANTS[name]), ids()
-    changed = inputs.clone()
-    changed[:, 5] = (changed[:, 5] + 1) % 37
-    out, other = model(inputs), model(changed)
-    assert torch.equal(out[:, :5], other[:, :5])
-    assert ((out - other)[:, 5:].abs().amax(-1) > 0).all()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_seen_by_nobody(side):
-    model = make(moved=True, dtype=torch.float64)
-    tokens, mask = ids(), torch.ones(2, 9, dtype=torch.int64)
-    gap = slice(0, 3) if side == "left" else slice(6, 9)
-    real = slice(3, 9) if side == "left" else slice(0, 6)
-    mask[1, gap] = 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    out = model(tokens, mask, positions)
-    assert out.isfinite().all()
-    alone = model(tokens[1:, real])
-    torch.testing.assert_close(out[1:, real], alone, rtol=0, atol=1e-12)
-    torch.testing.assert_close(out[:1], model(tokens[:1]), rtol=0, atol=1e-12)
-    out.sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_layer_masks_are_those_of_multihead_attention():
-    """Bool, floating, padding and causal masks against torch's own module, same weights."""
-    layer = TransformerLayerWithHC(16, 2, 32, dropout=0.0).double()
-    torch_attention = nn.MultiheadAttention(16, 2, batch_first=True, dtype=torch.float64)
-    attention = layer.attention
-    torch_attention.load_state_dict(
-        {
-            "in_proj_weight": attention.qkv.weight,
-            "in_proj_bias": attention.qkv.bias,
-            "out_proj.weight": attention.out_proj.weight,
-            "out_proj.bias": attention.out_proj.bias,
-        }
-    )
-    x = randn(3, 5, 16)
-    causal = torch.ones(5, 5).triu(1).bool()
-    padding = torch.zeros(3, 5, dtype=torch.bool)
-    padding[1, 4:], padding[2, 3:] = True, True
-    bias = randn(5, 5, seed=2)
-    per_row = torch.stack([causal, causal.flip(0, 1), torch.zeros_like(causal)])
-    for mask, pad, is_causal, same in (
-        (causal, None, False, causal),
-        (None, None, True, causal),
-        (causal, padding, False, causal),
-        (bias, None, False, bias),
-        (bias, None, True, bias.masked_fill(causal, float("-inf"))),
-        (per_row, None, False, per_row.repeat_interleave(2, 0)),
-        (None, padding, False, None),
-    ):
-        given = attention(x, mask, pad, is_causal, None, 0)
-        expected = torch_attention(x, x, x, key_padding_mask=pad, attn_mask=same)[0]
-        rows = slice(None) if pad is None else ~pad  # a padding position also sees itself here
-        torch.testing.assert_close(given[rows], expected[rows])
-
-
-def test_padding_rows_see_themselves():
-    mask = attention_bias(None, torch.tensor([[True, True, False]]), True, 3, 3)
-    assert mask.int().tolist() == [[[[1, 0, 0], [0, 1, 0], [0, 0, 1]]]]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("cuts", [(9,), (1,) * 9, (4, 3, 2)])
-def test_cache_equals_the_whole_context(name, cuts):
-    model = make(moved=True, dtype=torch.float64, **VARIANTS[name])
-    inputs, cache, parts, at = ids(), model.new_cache(2), [], 0
-    for cut in cuts:
-        parts.append(model(inputs[:, at : at + cut], cache=cache))
-        at += cut
-    torch.testing.assert_close(torch.cat(parts, 1), model(inputs), rtol=0, atol=1e-12)
-
-
-def test_cached_batch_with_left_padding():
-    model = make(moved=True, dtype=torch.float64)
-    inputs, mask = ids(), torch.ones(2, 9, dtype=torch.int64)
-    mask[1, :3] = 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    whole, cache = model(inputs, mask, positions), model.new_cache(2)
-    first = model(inputs[:, :6], mask[:, :6], positions[:, :6], cache=cache)
-    rest = model(inputs[:, 6:], mask, positions[:, 6:], cache=cache)
-    torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=0, atol=1e-12)
-
-
-def test_generation_with_and_without_cache_agree():
-    model = make(moved=True, dtype=torch.float64).eval()
-    for options in (dict(temperature=0.0), dict(seed=3, top_k=5)):
-        cached = model.generate(ids(length=3), 7, **options)
-        assert cached.shape == (2, 10)
-        assert cached.equal(generate(model, ids(length=3), 7, max_seq_len=12, **options))
-
-
 def test_checkpointing_changes_no_gradient():
     model = make(moved=True, dropout=0.2)
     grads = []
@@ -313,6 +181,26 @@ def test_fullgraph_traces_the_model_and_its_backward(name, padded):
     options = (mask,) if padded else ()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compare_compiled(model, compiled, options)
+
+
+def test_every_boundary_between_sublayers_fuses():
+    """hc.compile's passes find all 2·layers − 1 of them; one pre and one post are left."""
+    from hc_compile.passes import PASSES
+
+    counts = []
+
+    def backend(graph_module, inputs):
+        for run in PASSES:
+            run(graph_module.graph)
+        targets = [str(node.target) for node in graph_module.graph.nodes]
+        counts.append([sum(name in t for t in targets) for name in ("post_pre", "hc.p")])
+        graph_module.recompile()
+        return graph_module
+
+    model = make(num_layers=3).requires_grad_(False)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(ids()), model(ids()))
+    assert counts == [[5, 7]]
 
 
 @pytest.mark.compile
