@@ -48,6 +48,13 @@ def test_preset_table_lists_every_preset():
         assert row.equals_residual == (not listed[name].startswith("no")), name
 
 
+def test_code_you_already_have_imports():
+    lines = re.findall(r"\| `(from hc_compile[\w. ]+ import [\w, ]+)` \|$", README, re.M)
+    assert len(lines) == 5
+    for line in lines:
+        exec(line, {})
+
+
 @pytest.mark.parametrize(
     "module, recorded, least",
     [
