@@ -72,38 +72,31 @@ class HCConfig:
             raise ValueError(
                 f"{what} must be <= {row.max_streams} for preset {row.name!r}, got {total}"
             )
-        self._check_options(total)
+        self._check_options(row, total)
         reduce = row.reduce if self.reduce is None else self.reduce
         _choice("reduce", reduce, REDUCTIONS)
         _choice("expand", self.expand, EXPANSIONS)
         _choice("implementation", self.implementation, IMPLEMENTATIONS)
-        changes: dict[str, Any] = row.constraint | {
-            "streams": total,
-            "views": self.views * fractions,
-            "branches": self.branches,
-        }
-        if self.norm is not None:
-            changes["norm"] = self.norm
-        if self.iterations is not None:
-            check_count("iterations", self.iterations, least=0)
-            changes["iterations"] = self.iterations
-        if self.norm_eps is not None:
-            changes["norm_eps"] = self.norm_eps
-        if self.precision is not None:
-            changes["precision"] = self.precision
         object.__setattr__(self, "streams", streams)
         object.__setattr__(self, "fractions", fractions)
         object.__setattr__(self, "reduce", reduce)
         object.__setattr__(self, "row", row)
+        changes = self._changes(row, total, self.views * fractions)
         object.__setattr__(self, "constraint", Constraint(**changes))
-        composed = self.norm == "layer" or self.proposals > 1 or self.mix_before_norm
-        if composed and self.constraint.projection == "static":
-            raise ValueError(
-                "norm, proposals and mix_before_norm must be left alone for the static preset "
-                f"{row.name!r}, got {self.norm!r}, {self.proposals} and {self.mix_before_norm}"
-            )
 
-    def _check_options(self, total: int) -> None:
+    def _changes(self, row: Preset, total: int, views: int) -> dict[str, Any]:
+        """Fields of the constraint that differ from its defaults."""
+        if self.iterations is not None:
+            check_count("iterations", self.iterations, least=0)
+        given = {
+            name: getattr(self, name)
+            for name in ("norm", "iterations", "norm_eps", "precision")
+            if getattr(self, name) is not None
+        }
+        sizes = {"streams": total, "views": views, "branches": self.branches}
+        return row.constraint | sizes | given
+
+    def _check_options(self, row: Preset, total: int) -> None:
         for name in ("views", "branches", "proposals"):
             count = getattr(self, name)
             check_count(name, count, least=1)
@@ -116,6 +109,12 @@ class HCConfig:
             raise TypeError(f"mix_before_norm must be a bool, got {kind}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        composed = self.norm == "layer" or self.proposals > 1 or self.mix_before_norm
+        if composed and row.constraint.get("projection") == "static":
+            raise ValueError(
+                "norm, proposals and mix_before_norm must be left alone for the static preset "
+                f"{row.name!r}, got {self.norm!r}, {self.proposals} and {self.mix_before_norm}"
+            )
 
     @property
     def n(self) -> int:
