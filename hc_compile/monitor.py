@@ -24,7 +24,7 @@ class Monitor(nn.Module):
     """What one hyper-connection did in its last forward, at `tokens` evenly spaced tokens.
 
     Args:
-        streams: n.
+        streams: n, or n·f where each stream has f fractions, which mix like streams.
         tokens: how many tokens are looked at; with fewer in a batch, some count twice.
         device: of the buffers, which no state dict holds.
     """
@@ -120,7 +120,7 @@ def watch(model: nn.Module, tokens: int = 256) -> None:
         raise ValueError("model must contain a HyperConnection with n > 1, got none")
     for connection in found.values():
         device = next(connection.parameters()).device
-        connection.monitor = Monitor(connection.cfg.n, tokens, device)
+        connection.monitor = Monitor(connection.cfg.constraint.streams, tokens, device)
 
 
 def unwatch(model: nn.Module) -> None:

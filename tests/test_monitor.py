@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hc_compile as hc
 from hc_compile import monitor
+from hc_compile.fractions import split
 from tests.test_presets import DIM, PRESETS, Net, draw
 
 
@@ -26,8 +27,9 @@ def matrices(net, h):
     x, found = net.expand(h), []
     for connection, branch in zip(net.connections, net.branches, strict=True):
         c = connection.cfg.constraint
-        res = hc.functional.coefficients(x, *connection.coefficients(), c)[2]
-        found.append((res.double().expand(*x.shape[:-1], c.streams), x.double()))
+        parts = split(x, connection.cfg.fractions)
+        res = hc.functional.coefficients(parts, *connection.coefficients(), c)[2]
+        found.append((res.double().expand(*parts.shape[:-1], c.streams), parts.double()))
         u, add_residual = connection(x)
         x = add_residual(branch(u))
     return found
@@ -40,21 +42,22 @@ def test_figures_are_those_of_the_matrices(name):
     net(h)
     found = monitor.report(net)
     assert list(found) == [f"connections.{k}" for k in range(4)] + ["composite"]
-    composite = torch.eye(4, dtype=torch.float64)
+    n = net.connections[0].cfg.constraint.streams
+    composite, ones = torch.eye(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     for k, (res, x) in enumerate(matrices(net, h)):
         composite = res @ composite
         own = found[f"connections.{k}"]
         spectral = torch.linalg.svdvals(res)[..., 0].mean().item()
         assert own["spectral"] == pytest.approx(spectral, rel=1e-5)
         assert own["log_amax"] == pytest.approx(math.log(spectral), abs=1e-5)
-        row = (res @ torch.ones(4, dtype=torch.float64)).abs().amax(-1).mean().item()
-        column = (res.mT @ torch.ones(4, dtype=torch.float64)).abs().amax(-1).mean().item()
+        row = (res @ ones).abs().amax(-1).mean().item()
+        column = (res.mT @ ones).abs().amax(-1).mean().item()
         assert own["row_gain"] == pytest.approx(row, rel=1e-5)
         assert own["column_gain"] == pytest.approx(column, rel=1e-5)
         pairs = [
             torch.cosine_similarity(x[..., i, :], x[..., j, :], dim=-1).mean()
-            for i in range(4)
-            for j in range(4)
+            for i in range(n)
+            for j in range(n)
             if i != j
         ]
         assert own["similarity"] == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-5)
