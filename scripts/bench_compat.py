@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -39,7 +38,7 @@ from profiles.timing import (
     peak_growth,
     saved_bytes,
 )
-from scripts.machine import describe, recorded_command
+from scripts import recorded
 
 TABLES = ("triton", "package")
 PUBLISHED, PACKAGE, TINY = Size(8, 2048, 4096), Size(8, 2048, 1024), Size(2, 8, 16)
@@ -100,10 +99,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     """Measure the chosen tables, saving after every case."""
     ends = time.perf_counter() + args.seconds
     effort = Effort(5, 20) if args.quick else Effort()
-    data: dict = {
-        "kind": "bench_compat",
-        "command": recorded_command("scripts.bench_compat", argv),
-        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
+    data = recorded.header("bench_compat", args, argv) | {
         "claimed": CLAIMED,
         "failed": {},
         "records": [],
@@ -157,28 +153,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--quick", action="store_true", help="a quarter of the repeats")
     parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
-    parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start nothing new after this long"
     )
-    parser.add_argument("--commit", help="to record where the code lies outside git")
-    parser.add_argument("--json", type=Path, help="write the run here")
-    parser.add_argument("--render", type=Path, help="print a recorded run's tables and stop")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    return recorded.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if args.render:
-        print(render(json.loads(args.render.read_text())))
-        return
-    data = run(args, argv)
-    print(render(data))
-    print(json.dumps(data))
+    recorded.main(argv, parse, run, render)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -24,8 +22,8 @@ from profiles.capture import named_kernels_on_cpu
 from profiles.layer_bench import CASES, LIGER, Size, measure_case
 from profiles.memory_bench import Model, measure_memory, rotary_cache_mb
 from profiles.timing import Effort, copy_bandwidth, measuring
+from scripts import recorded
 from scripts.bench_ops import note
-from scripts.machine import describe, recorded_command
 
 SIZES = {
     2560: Size(4, 2048, 2560, heads=20, key_heads=4, ffn=6912),
@@ -87,10 +85,7 @@ def bench_memory(device: str, repeats: int, save: Callable) -> list[dict]:
 def run(args: argparse.Namespace, argv: list[str]) -> dict:
     """Measure the chosen tables; the file grows as they do."""
     cuda = args.device.startswith("cuda")
-    data: dict = {
-        "kind": "bench_layers",
-        "command": recorded_command("scripts.bench_layers", argv),
-        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
+    data = recorded.header("bench_layers", args, argv) | {
         "rotary_cache": {"layers": 24, "head_dim": 64, "positions": 8192}
         | rotary_cache_mb(24, 64, 8192),
         "layers": [],
@@ -186,25 +181,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     tables_of = ("layers", "memory")
     parser.add_argument("--tables", nargs="+", choices=tables_of, default=list(tables_of))
     parser.add_argument("--width", type=int, nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--device", help="default: cuda when there is one")
-    parser.add_argument("--commit", help="to record where the code lies outside git")
-    parser.add_argument("--json", type=Path, help="write the run here")
-    parser.add_argument("--render", type=Path, help="print a recorded run's tables and stop")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    return recorded.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if args.render:
-        print(render(json.loads(args.render.read_text())))
-        return
-    data = run(args, argv)
-    print(render(data))
-    print(json.dumps(data))
+    recorded.main(argv, parse, run, render)
 
 
 if __name__ == "__main__":

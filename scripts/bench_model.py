@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,8 +30,8 @@ from profiles.dense_net import (
     summary,
     warm_compiler,
 )
+from scripts import recorded
 from scripts.bench_ops import note
-from scripts.machine import describe, recorded_command
 
 NETS = {
     2560: Net(2560, heads=20, ffn=6912),
@@ -77,10 +76,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     if args.eager:
         ways = {name: replace(way, compile=None) for name, way in ways.items()}
     rounds, repeats = (2, 5) if args.quick or not cuda else (6, 10)
-    data: dict = {
-        "kind": "bench_model",
-        "command": recorded_command("scripts.bench_model", argv),
-        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
+    data = recorded.header("bench_model", args, argv) | {
         "nets": [{**asdict(net), "dtype": str(net.dtype)} for net in nets],
         "rounds": rounds,
         "repeats": repeats,
@@ -90,6 +86,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         data["model"] += bench_net(net, ways, args.device, rounds, repeats)
         if args.json:
             args.json.write_text(json.dumps(data, indent=1) + "\n")
+    if args.plot:
+        plot(data, args.plot)
     return data
 
 
@@ -109,28 +107,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--per-pass", action="store_true", help="also stop after each graph pass")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--device", help="default: cuda when there is one")
-    parser.add_argument("--commit", help="to record where the code lies outside git")
-    parser.add_argument("--json", type=Path, help="write the run here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
-    parser.add_argument("--render", type=Path, help="print a recorded run's table and stop")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    return recorded.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if args.render:
-        print(tables.render(json.loads(args.render.read_text())))
-        return
-    data = run(args, argv)
-    if args.plot:
-        plot(data, args.plot)
-    print(tables.render(data))
-    print(json.dumps(data))
+    recorded.main(argv, parse, run, tables.render)
 
 
 if __name__ == "__main__":

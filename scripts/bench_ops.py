@@ -26,7 +26,7 @@ import torch
 from profiles import catalog_bench, peers, tables
 from profiles.sublayer import WAYS, Shape, SublayerCost, Way, measure_sublayer, units
 from profiles.timing import Effort, copy_bandwidth, floor_ms, measuring
-from scripts.machine import describe, recorded_command
+from scripts import recorded
 
 TABLES = ("small", "seam", "sublayer", "ops")
 FOUR = (Shape(8192, 2560), Shape(16384, 4096), Shape(4096, 7168), Shape(32768, 1280))
@@ -195,10 +195,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
 
 def header(args: argparse.Namespace, argv: list[str], plan: Plan) -> dict:
     """What a record says before any figure."""
-    return {
-        "kind": "bench_ops",
-        "command": recorded_command("scripts.bench_ops", argv),
-        "machine": describe(args.device) | ({"git_commit": args.commit} if args.commit else {}),
+    return recorded.header("bench_ops", args, argv) | {
         "peers": peers.installed() if plan.peers else {},
         "dtype": "bfloat16",
         "iterations": plan.iterations,
@@ -223,7 +220,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one shape, no peers, under a minute")
     size.add_argument("--full", action="store_true", help="compiled references and chains too")
-    parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--ways", nargs="+", help="of the sublayer table; default: all")
     parser.add_argument("--shapes", nargs="+", type=shape, help="TxC or TxCxn; default: four")
@@ -231,15 +227,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--seconds", type=float, default=math.inf, help="start nothing new after this long"
     )
     parser.add_argument("--compile-budget", type=float, help="seconds for compiled references")
-    parser.add_argument("--commit", help="to record where the code lies outside git")
-    parser.add_argument("--json", type=Path, help="write the run here")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     parser.add_argument("--check", type=Path, help="exit 1 if ratios grew over this recorded run")
     parser.add_argument("--tolerance", type=float, default=0.15, help="of --check")
-    parser.add_argument("--render", type=Path, help="print a recorded run's tables and stop")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
+    return recorded.parse(parser, argv)
 
 
 def finish(args: argparse.Namespace, data: dict) -> int:

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from functorch.compile import min_cut_rematerialization_partition, nop
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 
 import hc_compile as hc
-from hc_compile.passes import PASSES, PassPipeline
+from hc_compile.passes import PASSES
+from tests.passes.harness import lowered_graphs
 from tests.test_presets import DIM, PRESETS, Net, draw
 
 TOKENS = 40
@@ -36,27 +34,8 @@ def lost_tokens(node):
 
 
 def backward_graph(net, passes):
-    """The backward that Inductor would be given, ops decomposed: more than a GPU shows it."""
-    graphs = []
-
-    def keep(gm, inputs):
-        graphs.append(gm.graph)
-        return nop(gm, inputs)
-
-    inner = aot_autograd(
-        fw_compiler=keep,
-        bw_compiler=keep,
-        decompositions=select_decomp_table(),
-        partition_fn=min_cut_rematerialization_partition,
-    )
-
-    def backend(gm, inputs):
-        PassPipeline(passes)(gm.graph)
-        gm.recompile()
-        return inner(gm, inputs)
-
-    torch.compile(net, backend=backend, fullgraph=True)(draw(TOKENS, DIM)).sum().backward()
-    return graphs[1]
+    """The backward with ops decomposed: more than a GPU shows Inductor."""
+    return lowered_graphs(net, draw(TOKENS, DIM), passes)[1]
 
 
 @pytest.mark.parametrize("name", PRESETS)

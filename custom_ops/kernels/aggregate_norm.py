@@ -122,7 +122,7 @@ def hc_sum_rows(parts_ptr, out_ptr, slots, width, ROWS: tl.constexpr, COLUMNS: t
     tl.store(out_ptr + c_offs, tl.sum(total, axis=0), mask=c_offs < width)
 
 
-def row_tile(width: int) -> dict:
+def norm_tile(width: int) -> dict:
     """A whole row of C elements, 16 a thread."""
     block = max(128, triton.next_power_of_2(width))
     return {"BLOCK_C": block, "num_warps": max(1, min(32, block // 512))}
@@ -143,7 +143,7 @@ def aggregate_norm(
     """
     tokens, streams, width = x.shape
     out = x.new_empty(tokens, width)
-    meta = {"eps": eps, "N": streams, "CENTRED": centred, **row_tile(width)}
+    meta = {"eps": eps, "N": streams, "CENTRED": centred, **norm_tile(width)}
     launch(hc_aggregate_norm, (tokens,), x, pre, weight, shift, out, width, **meta)
     return out
 
@@ -165,7 +165,7 @@ def aggregate_norm_backward(
     du = x.new_empty(tokens, width)
     dots = pre.new_empty(tokens, streams)
     shares = [pre.new_empty(PROGRAMS, width) for _ in range(1 + has_shift)]
-    meta = {"eps": eps, "N": streams, "CENTRED": centred, "STAGES": 2, **row_tile(width)}
+    meta = {"eps": eps, "N": streams, "CENTRED": centred, "STAGES": 2, **norm_tile(width)}
     arguments = (dv, x, pre, weight, du, dots, shares[0], shares[1] if has_shift else None)
     launch(hc_aggregate_norm_backward, (PROGRAMS,), *arguments, tokens, width, **meta)
     sums = [pre.new_empty(width) for _ in shares]

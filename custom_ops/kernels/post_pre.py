@@ -96,7 +96,6 @@ def post_project(
     post: torch.Tensor,
     res: torch.Tensor,
     phi: torch.Tensor,
-    tile: dict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x'_i = Σ_j res_ij x_j + post_i y, and the split-K partials of p = x' φᵀ and ss = Σx'².
 
@@ -108,7 +107,7 @@ def post_project(
     tokens, count, width = x.shape
     coefficients = phi.shape[0]
     operand, halves, dot = project_operand(phi, x.dtype, "bf16x2")
-    tile = post_project_tile(coefficients, operand.dtype) if tile is None else tile
+    tile = post_project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, count * width // 1024))
     out = torch.empty_like(x)
     p = phi.new_empty(splits, tokens, coefficients)

@@ -175,15 +175,7 @@ def megatron_preset(
     return hc.Preset(
         "megatron",
         "Megatron-LM, megatron/core/transformer/hyper_connection.py",
-        {
-            "norm_form": norm_form,
-            "pre_eps": 1e-6,
-            "start": "softmax",
-            "first": "row",
-            "denominator": "add",
-            "eps": 1e-6,
-            "transpose": True,
-        },
+        {**hc.PRESETS["mhc-v4"].constraint, "norm_form": norm_form},
         bias_init="zeros",
         phi_std=math.sqrt(2 / (fan_in + fan_out)),
         alpha=(gate, gate, gate),

@@ -18,113 +18,84 @@ from torch import Tensor, nn
 
 from custom_ops.constraint import Constraint
 from hc_compile import functional
+from hc_compile.presets import PRESETS
 
 Streams = Tensor
 AddResidual = Callable[[Tensor], Streams]
 
 
-class _Connection:
-    """What replaces a HyperConnection: the same parameters, read by one op."""
+class _Described:
+    """A module whose constraint says what the original's forward does."""
 
-    hc_mult: int
-    hc_eps: float
-    input_norm: Any
-    fn: Tensor
-    base: Tensor
-    scale: Tensor
-    constraint: Constraint
+    describe: Callable[[], Constraint]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.adopt()
 
     def adopt(self) -> None:
-        """Say in a constraint what the original's forward does."""
-        raise NotImplementedError
+        """Called once the module has the original's attributes."""
+        self.constraint = self.describe()
+
+
+class _Connection(_Described):
+    """What replaces a HyperConnection: the same parameters, read by one op."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
 
     def alpha(self) -> Tensor:
         """Gains of pre, post and res, [3]."""
         return self.scale
 
+    def read(self, x: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """u, pre, post, res and the ghost of streams [B, S, n, C]."""
+        return functional.read(x, self.fn, self.alpha(), self.base, self.constraint)
+
     def sublayer(self, x: Streams) -> tuple[Tensor, AddResidual]:
         """The branch's input of streams [B, S, n, C], and what writes its output to them."""
-        parameters = (self.fn, self.alpha(), self.base, self.constraint)
-        u, _, post, res, ghost = functional.read(x, *parameters)
+        u, _, post, res, ghost = self.read(x)
         return u, partial(_write, x, post, res, ghost)
 
 
 class _Sinkhorn(_Connection):
-    hc_sinkhorn_iters: int
-
-    def adopt(self) -> None:
-        self.constraint = Constraint(
-            self.hc_mult,
-            norm_eps=self.input_norm.eps,
-            pre_eps=self.hc_eps,
-            start="softmax",
-            first="row",
-            denominator="add",
-            eps=self.hc_eps,
-            iterations=self.hc_sinkhorn_iters,
-            transpose=True,
-        )
+    def describe(self: Any) -> Constraint:
+        eps = {"pre_eps": self.hc_eps, "eps": self.hc_eps, "norm_eps": self.input_norm.eps}
+        row = PRESETS["mhc-v4"].constraint
+        return Constraint(self.hc_mult, iterations=self.hc_sinkhorn_iters, **(row | eps))
 
     def forward(self, hidden_streams: Streams) -> tuple[Tensor, Tensor, Tensor]:
         """post, comb and the collapsed streams, as the original returns them."""
-        u, _, post, res, _ = functional.read(
-            hidden_streams, self.fn, self.alpha(), self.base, self.constraint
-        )
+        u, _, post, res, _ = self.read(hidden_streams)
         return post, res.mT, u
 
 
 class _Independent(_Connection):
-    hc_post_magnitude: float
-
-    def adopt(self) -> None:
-        self.constraint = Constraint(
-            self.hc_mult,
-            norm_eps=self.input_norm.eps,
-            pre_eps=self.hc_eps,
-            post_eps=self.hc_eps,
-            post_scale=self.hc_post_magnitude,
-            manifold="identity",
-        )
+    def describe(self: Any) -> Constraint:
+        eps = {"pre_eps": self.hc_eps, "post_eps": self.hc_eps, "norm_eps": self.input_norm.eps}
+        row = PRESETS["ihc"].constraint
+        return Constraint(self.hc_mult, post_scale=self.hc_post_magnitude, **(row | eps))
 
     def alpha(self) -> Tensor:
         return torch.cat([self.scale, self.scale[1:]])
 
     def forward(self, hidden_streams: Streams) -> tuple[Tensor, Tensor]:
         """post and the collapsed streams, as the original returns them."""
-        u, _, post, _, _ = functional.read(
-            hidden_streams, self.fn, self.alpha(), self.base, self.constraint
-        )
+        u, _, post, _, _ = self.read(hidden_streams)
         return post, u
 
 
-class _Head:
+class _Head(_Described):
     """The learned read of the last streams."""
 
-    hc_mult: int
-    eps: float
-    input_norm: Any
     hc_fn: Tensor
     hc_base: Tensor
     hc_scale: Tensor
-    constraint: Constraint
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.adopt()
-
-    def adopt(self) -> None:
-        """Say in a constraint what the original's forward does."""
-        self.constraint = Constraint(
-            self.hc_mult,
-            norm_eps=self.input_norm.eps,
-            pre_eps=self.eps,
-            post="none",
-            manifold="none",
-        )
+    def describe(self: Any) -> Constraint:
+        eps = {"pre_eps": self.eps, "norm_eps": self.input_norm.eps}
+        return Constraint(self.hc_mult, post="none", manifold="none", **eps)
 
     def forward(self, x: Streams) -> Tensor:
         """[B, S, n, C] -> [B, S, C]."""
@@ -250,7 +221,8 @@ def apply(model: nn.Module) -> nn.Module:
         replacement = table.get(type(module))
         if replacement is not None:
             module.__class__ = replacement
-            getattr(module, "adopt", lambda: None)()
+            if isinstance(module, _Described):
+                module.adopt()
             swapped += 1
     if not swapped and not any(type(m) in table.values() for m in model.modules()):
         raise ValueError(

@@ -13,7 +13,6 @@ an RMSNorm written out: u.to(fp32), square or pow 2, mean, + eps, rsqrt, times u
 back to u's dtype, in either order. u must have no other user; a norm without weight or eps stays.
 """
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,8 +119,8 @@ def _called(node: Node) -> Norm | None:
 def _written_out(u: Node) -> Norm | None:
     """An RMSNorm in its steps, each with the one use that the norm makes of it."""
     first = only_user(u)
-    wide = first if first is not None and _does(first, "to", "float") else u
-    square = next((n for n in wide.users if _does(n, "square") or _is_square(n)), None)
+    wide = first if first is not None and is_call(first, "to", "float") else u
+    square = next((n for n in wide.users if is_call(n, "square") or _is_square(n)), None)
     mean = _then(square, "mean")
     plus = _then(mean, "add")
     root = _then(plus, "rsqrt")
@@ -148,19 +147,11 @@ def _written_out(u: Node) -> Norm | None:
 def _then(node: Node | None, *names: str) -> Node | None:
     """The only user of a node, if it does one of these."""
     user = None if node is None else only_user(node)
-    return user if user is not None and _does(user, *names) else None
-
-
-def _does(node: Node, *names: str) -> bool:
-    """Whether a node calls one of these, as a method, a torch function or an operator."""
-    return is_call(node, *names) or (
-        node.op == "call_function"
-        and any(node.target is getattr(operator, n, node) for n in names)
-    )
+    return user if user is not None and is_call(user, *names) else None
 
 
 def _is_square(node: Node) -> bool:
-    return _does(node, "pow") and len(node.args) == 2 and node.args[1] in (2, 2.0)
+    return is_call(node, "pow") and len(node.args) == 2 and node.args[1] in (2, 2.0)
 
 
 def _over_last(mean: Node) -> bool:

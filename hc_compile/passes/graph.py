@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -31,13 +30,13 @@ def is_op(node: object, name: str) -> bool:
 
 
 def is_call(node: object, *names: str) -> bool:
-    """Whether `node` calls a tensor method, or a torch function, of one of these names."""
+    """Whether `node` calls a method, a torch function or an operator of one of these names."""
     if not isinstance(node, Node):
         return False
     if node.op == "call_method":
         return node.target in names
     return node.op == "call_function" and any(
-        node.target is getattr(torch, name, node) for name in names
+        node.target is getattr(home, name, node) for name in names for home in (torch, operator)
     )
 
 
@@ -67,12 +66,11 @@ def skip_reshapes(node: Any) -> Any:
 
 
 def _same_shape(*nodes: object) -> bool:
-    values = [n.meta.get("example_value") if isinstance(n, Node) else None for n in nodes]
-    shapes = [value.shape if isinstance(value, Tensor) else None for value in values]
-    first, second = shapes
-    if first is None or second is None or len(first) != len(second):
+    first, second = (value(n) if isinstance(n, Node) else None for n in nodes)
+    if first is None or second is None or first.dim() != second.dim():
         return False
-    return all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
+    pairs = zip(first.shape, second.shape, strict=True)
+    return all(statically_known_true(a == b) for a, b in pairs)
 
 
 def outputs(node: Node) -> dict[int, list[Node]]:

@@ -1,6 +1,9 @@
 """What the pass tests share: run a net with some passes, eagerly, and count the ops that ran."""
 
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.profiler import ProfilerActivity, profile
 
 from hc_compile.passes import PASSES, PassPipeline
@@ -63,3 +66,28 @@ def op_counts(call):
         call()
     names = {e.key.removeprefix("hc::"): e.count for e in prof.key_averages() if "hc::" in e.key}
     return {name: n for name, n in names.items() if "_loop" not in name}
+
+
+def lowered_graphs(net, h, passes):
+    """The forward and backward graphs that Inductor would be given, ops decomposed."""
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append(gm.graph)
+        return nop(gm, inputs)
+
+    inner = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=keep,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+    def backend(gm, inputs):
+        PassPipeline(passes)(gm.graph)
+        gm.recompile()
+        return inner(gm, inputs)
+
+    torch.compiler.reset()
+    torch.compile(net, backend=backend, fullgraph=True)(h).sum().backward()
+    return graphs

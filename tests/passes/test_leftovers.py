@@ -5,13 +5,11 @@ Interpreted ops are opaque, so the traced graphs show the glue between them alon
 
 import pytest
 import torch
-from functorch.compile import min_cut_rematerialization_partition, nop
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 
 import hc_compile as hc
 from hc_compile.models import Transformer, TransformerConfig
-from hc_compile.passes import PASSES, PassPipeline
+from hc_compile.passes import PASSES
+from tests.passes.harness import lowered_graphs
 
 COPIES = ("clone", "cat", "stack", "convert_element_type", "_to_copy", "copy")
 
@@ -31,27 +29,7 @@ def traced(preset, passes):
             stream_dtype=torch.bfloat16,
         )
     )
-    graphs = []
-
-    def keep(gm, inputs):
-        graphs.append(gm.graph)
-        return nop(gm, inputs)
-
-    inner = aot_autograd(
-        fw_compiler=keep,
-        bw_compiler=keep,
-        decompositions=select_decomp_table(),
-        partition_fn=min_cut_rematerialization_partition,
-    )
-
-    def backend(gm, inputs):
-        PassPipeline(passes)(gm.graph)
-        gm.recompile()
-        return inner(gm, inputs)
-
-    torch.compiler.reset()
-    torch.compile(net, backend=backend, fullgraph=True)(torch.arange(4)[None]).sum().backward()
-    return graphs
+    return lowered_graphs(net, torch.arange(4)[None], passes)
 
 
 def copies(graph):

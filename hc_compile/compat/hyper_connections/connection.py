@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hc_compile import functional
 from hc_compile.compat.hyper_connections.layout import fold, unfold
+from hc_compile.fractions import join_views, merge, split
 
 Branch = nn.Module | Callable[..., Any]
 
@@ -101,25 +102,15 @@ class Connection(Wrapper):
 
     def _open(self, residuals: Tensor) -> Tensor:
         x = unfold(residuals, self.num_residual_streams, self.dim, self.channel_first)
-        return self._split(x)
+        return split(x, self.num_fracs)
 
     def _close(self, x: Tensor) -> Tensor:
-        return fold(self._merge(x), self.channel_first)
-
-    def _split(self, x: Tensor) -> Tensor:
-        f = self.num_fracs
-        return x if f == 1 else x.unflatten(-1, (f, -1)).flatten(-3, -2)
-
-    def _merge(self, x: Tensor) -> Tensor:
-        f = self.num_fracs
-        return x if f == 1 else x.unflatten(-2, (-1, f)).flatten(-2)
+        return fold(merge(x, self.num_fracs), self.channel_first)
 
     def _branch_input(self, u: Tensor) -> Tensor:
         """u as the package gives it: [b, ..., C], views in front, channels where they were."""
-        f, views = self.num_fracs, self.num_input_views
-        if f > 1:
-            u = u.unflatten(-2, (views, f)).flatten(-2)
-            u = u.squeeze(-2) if views == 1 else u
+        views = self.num_input_views
+        u = join_views(u, views, self.num_fracs)
         u = u if views == 1 else u.movedim(-2, 0)
         return u.movedim(-1, 1 if views == 1 else 2) if self.channel_first else u
 
@@ -165,6 +156,26 @@ class Connection(Wrapper):
         weights = beta.mT.expand(*y.shape[:-2], *beta.mT.shape[-2:])
         added = self._close(functional.aggregate(y, weights))
         return self.dropout(self.depth_residual_fn(added, residuals))
+
+
+def joined_arguments(
+    alpha: Tensor,
+    beta: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    scales: tuple[Tensor, Tensor],
+    views: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """φ, α [3] and b of a layer without fractions.
+
+    Args: alpha [V + S, C] and beta [V, C] project, static_alpha [S, V + S] holds reads and then
+    the residual mix, static_beta [S] or [S, V]; scales are those of alpha and beta.
+    """
+    phi = torch.cat([alpha[:views], beta, alpha[views:]])
+    read, keep = static_alpha[:, :views], static_alpha[:, views:]
+    write = static_beta.reshape(len(static_alpha), views)
+    bias = torch.cat([part.flatten() for part in (read.mT, write.mT, keep)])
+    return phi, torch.stack([scales[0], scales[1], scales[0]]), bias
 
 
 def mix(x: Tensor, res: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """The package's channel-first module: its parameters are 1×1 convolutions, here as matrices."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -12,14 +10,14 @@ from hc_compile.compat.hyper_connections.connection import (
     Connection,
     Gamma,
     add,
+    joined_arguments,
     start_index,
 )
 from hc_compile.compat.hyper_connections.layout import check_sizes
-from hc_compile.compat.hyper_connections.residual import Residual
+from hc_compile.compat.hyper_connections.residual import Residual, init_functions
 from hc_compile.compat.hyper_connections.streams import (
     InitFunctions,
     get_expand_reduce_stream_functions,
-    is_disabled,
 )
 
 __all__ = [
@@ -75,11 +73,11 @@ class HyperConnections(Connection):
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         alpha = self.dynamic_alpha_fn.weight.flatten(1)
         beta = self.dynamic_beta_fn[0].weight.flatten(1)  # type: ignore[union-attr]
-        phi = torch.cat([alpha[:1], beta, alpha[1:]]) * self.norm.gain()
-        read, keep = self.static_alpha[:, 0], self.static_alpha[:, 1:]
-        bias = torch.cat([read, self.static_beta, keep.flatten()])
-        scale = self.dynamic_alpha_scale
-        gates = torch.stack([scale, self.dynamic_beta_scale, scale])
+        scales = (self.dynamic_alpha_scale, self.dynamic_beta_scale)
+        phi, gates, bias = joined_arguments(
+            alpha, beta, self.static_alpha, self.static_beta, scales
+        )
+        phi = phi * self.norm.gain()
         u, _, post, res, ghost = functional.read(x, phi, gates, bias, self.constraint)
         return u, post, res, ghost
 
@@ -95,6 +93,4 @@ def get_init_and_expand_reduce_stream_functions(
     num_streams: int, disable: bool | None = None
 ) -> InitFunctions:
     """(make, expand, reduce) of the channel-first module."""
-    disable = is_disabled(disable, num_streams)
-    make = partial(Residual if disable else HyperConnections, num_streams)
-    return make, *get_expand_reduce_stream_functions(num_streams, disable=disable)
+    return init_functions(HyperConnections, num_streams, disable)

@@ -1,7 +1,6 @@
 """Several branch inputs: V = W views and outputs, folded into the batch as [(i b), ..., d]."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,14 +8,19 @@ from torch import Tensor, nn
 
 from custom_ops.constraint import check_count
 from hc_compile import functional
-from hc_compile.compat.hyper_connections.connection import Connection, Gamma, add, start_index
+from hc_compile.compat.hyper_connections.connection import (
+    Connection,
+    Gamma,
+    add,
+    joined_arguments,
+    start_index,
+)
 from hc_compile.compat.hyper_connections.hyper_connections import dynamic_constraint
 from hc_compile.compat.hyper_connections.layout import check_sizes
-from hc_compile.compat.hyper_connections.residual import Residual
+from hc_compile.compat.hyper_connections.residual import Residual, init_functions
 from hc_compile.compat.hyper_connections.streams import (
     InitFunctions,
     get_expand_reduce_stream_functions,
-    is_disabled,
 )
 
 __all__ = [
@@ -87,12 +91,12 @@ class HyperConnections(Connection):
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         count = self.num_branch_inputs
-        alpha, beta = self.dynamic_alpha_fn.mT, self.dynamic_beta_fn.mT
-        phi = torch.cat([alpha[:count], beta, alpha[count:]]) * self.norm.gain()
-        read, keep = self.static_alpha[:, :count], self.static_alpha[:, count:]
-        bias = torch.cat([read.mT.flatten(), self.static_beta.mT.flatten(), keep.flatten()])
-        scale = self.dynamic_alpha_scale
-        gates = torch.stack([scale, self.dynamic_beta_scale, scale])
+        rows = (self.dynamic_alpha_fn.mT, self.dynamic_beta_fn.mT)
+        scales = (self.dynamic_alpha_scale, self.dynamic_beta_scale)
+        phi, gates, bias = joined_arguments(
+            *rows, self.static_alpha, self.static_beta, scales, count
+        )
+        phi = phi * self.norm.gain()
         u, _, post, res, ghost = functional.read(x, phi, gates, bias, self.constraint)
         if count == 1:
             u, post = u.unsqueeze(-2), post.unsqueeze(-2)
@@ -140,6 +144,4 @@ def get_init_and_expand_reduce_stream_functions(
     num_streams: int, disable: bool | None = None
 ) -> InitFunctions:
     """(make, expand, reduce) of the multi-branch module."""
-    disable = is_disabled(disable, num_streams)
-    make = partial(Residual if disable else HyperConnections, num_streams)
-    return make, *get_expand_reduce_stream_functions(num_streams, disable=disable)
+    return init_functions(HyperConnections, num_streams, disable)

@@ -1,7 +1,6 @@
 """Several inputs in streams: further arguments of the branch are read from their own streams."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +13,15 @@ from hc_compile.compat.hyper_connections.connection import (
     Connection,
     Gamma,
     add,
+    joined_arguments,
     start_index,
 )
 from hc_compile.compat.hyper_connections.hyper_connections import NORM_EPS, dynamic_constraint
 from hc_compile.compat.hyper_connections.layout import check_sizes, unfold
-from hc_compile.compat.hyper_connections.residual import Residual
+from hc_compile.compat.hyper_connections.residual import Residual, init_functions
 from hc_compile.compat.hyper_connections.streams import (
     InitFunctions,
     get_expand_reduce_stream_functions,
-    is_disabled,
 )
 
 __all__ = [
@@ -108,11 +107,9 @@ class HyperConnections(Connection):
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         alpha, beta = self.dynamic_alpha_and_branch_input, self.dynamic_beta
-        weight = alpha.proj.weight
-        phi = torch.cat([weight[:1], beta.proj.weight, weight[1:]]) * self.norm.gain()
-        read, keep = self.static_alpha[:, 0], self.static_alpha[:, 1:]
-        bias = torch.cat([read, self.static_beta, keep.flatten()])
-        gates = torch.stack([alpha.scale, beta.scale, alpha.scale])
+        rows, scales = (alpha.proj.weight, beta.proj.weight), (alpha.scale, beta.scale)
+        phi, gates, bias = joined_arguments(*rows, self.static_alpha, self.static_beta, scales)
+        phi = phi * self.norm.gain()
         u, _, post, res, ghost = functional.read(x, phi, gates, bias, self.constraint)
         return u, post, res, ghost
 
@@ -167,6 +164,4 @@ def get_init_and_expand_reduce_stream_functions(
     num_streams: int, disable: bool | None = None
 ) -> InitFunctions:
     """(make, expand, reduce) of the multi-input module."""
-    disable = is_disabled(disable, num_streams)
-    make = partial(Residual if disable else HyperConnections, num_streams)
-    return make, *get_expand_reduce_stream_functions(num_streams, disable=disable)
+    return init_functions(HyperConnections, num_streams, disable)

@@ -18,6 +18,7 @@ from hc_compile.compat.hyper_connections.manifold_constrained_hyper_connections 
 )
 from hc_compile.compat.hyper_connections.residual import Residual
 from hc_compile.compat.hyper_connections.streams import InitFunctions, require_dim
+from hc_compile.fractions import merge, split
 
 __all__ = [
     "AttentionPoolReduceStream",
@@ -145,10 +146,10 @@ class ManifoldConstrainedHyperConnections(first.ManifoldConstrainedHyperConnecti
 
     def _open(self, residuals: Tensor) -> Tensor:
         require_streams(residuals, self.num_residual_streams, self.dim)
-        return self._split(residuals)
+        return split(residuals, self.num_fracs)
 
     def _close(self, x: Tensor) -> Tensor:
-        return self._merge(x)
+        return merge(x, self.num_fracs)
 
     @staticmethod
     def get_expand_reduce_stream_functions(*args: Any, **kwargs: Any):
