@@ -12,7 +12,7 @@ from torch import Tensor
 
 from custom_ops import reference
 from custom_ops.constraint import Constraint
-from custom_ops.variants import CONSTRAINTS, SCHEDULES, SINKHORN_OPTIONS
+from custom_ops.variants import CONSTRAINTS, DELAYED, SCHEDULES, SINKHORN_OPTIONS
 
 Tensors = tuple[Tensor, ...]
 
@@ -64,11 +64,18 @@ def _parameters(c: Constraint, width: int, generator: torch.Generator) -> Tensor
     return phi, 1 + 0.1 * _draw(generator, 3), bias, *norm
 
 
-def _split(parameters: Tensors) -> tuple[tuple, tuple]:
-    """(φ, α, b), None where static, and (weight, shift) of the read norm."""
+def _carried(variant: str, tokens: int, n: int, generator: torch.Generator) -> Tensors:
+    return (_draw(generator, tokens, n),) if variant in DELAYED else ()
+
+
+def _split(variant: str, parameters: Tensors) -> tuple[tuple, tuple]:
+    """(φ, α, b), None where static, and (weight, shift, carried) of the read."""
+    carried = None
+    if variant in DELAYED:
+        *parameters, carried = parameters
     if len(parameters) == 1:
-        return (None, None, *parameters), (None, None)
-    return parameters[:3], (*parameters[3:], None, None)[:2]
+        return (None, None, *parameters), (None, None, carried)
+    return tuple(parameters[:3]), (*(*parameters[3:], None, None)[:2], carried)
 
 
 def _write_inputs(c: Constraint, tokens: int, width: int, generator) -> Tensors:
@@ -84,7 +91,8 @@ def _write_inputs(c: Constraint, tokens: int, width: int, generator) -> Tensors:
 
 def _pre_inputs(variant, tokens, n, width, generator) -> Tensors:
     c = _constraint(variant, n)
-    return _draw(generator, tokens, n, width), *_parameters(c, width, generator)
+    x, parameters = _draw(generator, tokens, n, width), _parameters(c, width, generator)
+    return x, *parameters, *_carried(variant, tokens, n, generator)
 
 
 def _post_inputs(variant, tokens, n, width, generator) -> Tensors:
@@ -99,7 +107,9 @@ def _post_inputs(variant, tokens, n, width, generator) -> Tensors:
 
 def _post_pre_inputs(variant, tokens, n, width, generator) -> Tensors:
     c = _constraint(variant, n)
-    return *_write_inputs(c, tokens, width, generator), *_parameters(c, width, generator)
+    write = _write_inputs(c, tokens, width, generator)
+    parameters = _parameters(c, width, generator)
+    return *write, *parameters, *_carried(variant, tokens, n, generator)
 
 
 def _constrain_inputs(variant, tokens, n, width, generator) -> Tensors:
@@ -112,15 +122,15 @@ def _constrain_inputs(variant, tokens, n, width, generator) -> Tensors:
 
 def _call_pre(variant, x, *parameters):
     c = _constraint(variant, x.shape[-2])
-    parameters, norm = _split(parameters)
-    return torch.ops.hc.pre(x, *parameters, c.spec, False, *norm)[:4]
+    parameters, read = _split(variant, parameters)
+    return torch.ops.hc.pre(x, *parameters, c.spec, False, *read)[:4]
 
 
 def _call_post_pre(variant, x, y, post, res, *parameters):
     c = _constraint(variant, x.shape[-2])
-    parameters, norm = _split(parameters)
+    parameters, read = _split(variant, parameters)
     write = (x, y, post, res)
-    return torch.ops.hc.post_pre(*write, *parameters, c.spec, None, False, *norm)[:5]
+    return torch.ops.hc.post_pre(*write, *parameters, c.spec, None, False, *read)[:5]
 
 
 def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:
@@ -144,14 +154,14 @@ def _reference_constrain(variant, p, ss, alpha, bias):
 
 
 def _reference_pre(variant, x, *parameters):
-    (phi, alpha, bias), norm = _split(parameters)
-    return reference.pre(x, phi, alpha, bias, _constraint(variant, x.shape[-2]), *norm)
+    (phi, alpha, bias), read = _split(variant, parameters)
+    return reference.pre(x, phi, alpha, bias, _constraint(variant, x.shape[-2]), *read)
 
 
 def _reference_post_pre(variant, x, y, post, res, *parameters):
     c = _constraint(variant, x.shape[-2])
-    (phi, alpha, bias), norm = _split(parameters)
-    return reference.post_pre(x, y, post, res, phi, alpha, bias, c, *norm)
+    (phi, alpha, bias), read = _split(variant, parameters)
+    return reference.post_pre(x, y, post, res, phi, alpha, bias, c, *read)
 
 
 def _small_inputs(variant, tokens, n, width, generator) -> Tensors:

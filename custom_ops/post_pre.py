@@ -3,12 +3,14 @@
 x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if asked, a ghost of x'.
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
 of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
-is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward.
+is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u needs
+no second look at x': one pass, 2n + 2 forward.
 """
 
 import torch
 from torch import Tensor
 
+from custom_ops import aggregate as agg
 from custom_ops import constrain as con
 from custom_ops import post as post_op
 from custom_ops import pre as pre_op
@@ -51,14 +53,18 @@ def forward(
     with_ghost: bool = False,
     weight: Tensor | None = None,
     shift: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
     if not fits(x, y, post, res, c):
         streams = post_op.forward(x, y, post, res)
-        made = pre_op.forward(streams, phi, alpha, bias, spec, with_ghost, weight, shift)
-        return streams, *made
-    streams, *coefficients, p, ss = _fused_write(x, y, post, res, phi, alpha, bias, c)
-    u = pre_op.read(streams, coefficients[0], weight, shift, c)
+        rest = (spec, with_ghost, weight, shift, carried)
+        return streams, *pre_op.forward(streams, phi, alpha, bias, *rest)
+    once = carried if c.read_norm == "none" else None  # a norm needs the whole row of u
+    streams, u, *coefficients, p, ss = _fused_write(x, y, post, res, phi, alpha, bias, once, c)
+    if u is None:
+        weights = coefficients[0] if carried is None else carried
+        u = pre_op.read(streams, weights, weight, shift, c)
     next_ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
     return streams, u, *coefficients, p, ss, next_ghost  # type: ignore[return-value]
 
@@ -79,6 +85,7 @@ def backward(
     bias: Tensor,
     weight: Tensor | None,
     shift: Tensor | None,
+    carried: Tensor | None,
     streams: Tensor,
     next_pre: Tensor,
     next_post: Tensor,
@@ -87,14 +94,14 @@ def backward(
     ss: Tensor,
     spec: str,
     has_ghost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b, ∂weight, ∂shift (empty where there is none).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂y, ∂post, ∂res, ∂φ, ∂α, ∂b, ∂weight, ∂shift, ∂carried (empty where there is none).
 
     g is what other users of x' gave it; dghost (the whole cotangent of the streams that the next
     post makes) belongs to it through resᵀ. With a ghost the first output is the whole of ∂x', the
     ghost's cotangent, instead of ∂x.
     """
-    parameters = (phi, alpha, bias, weight, shift)
+    parameters = (phi, alpha, bias, weight, shift, carried)
     saved = (next_pre, next_post, next_res, p, ss)
     total, *grads = pre_op.backward(
         du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec, g
@@ -104,21 +111,36 @@ def backward(
     return dx, dy, dpost, dres, *grads  # type: ignore[return-value]
 
 
-def _fused_write(x, y, post, res, phi, alpha, bias, c: Constraint):
-    """x' and, from its projection, pre, post, res, p and ss of the next sublayer."""
+def _fused_write(x, y, post, res, phi, alpha, bias, carried: Tensor | None, c: Constraint):
+    """x', u (with `carried`) and, from x's projection, pre, post, res, p and ss of the next."""
     from custom_ops.kernels import post_pre as kernels
 
     lead = x.shape[:-2]
     write = (flat(x, 2), flat(y, 1), flat(post, 1).float(), flat(res, 2).float())
     parameters = (phi.float().contiguous(), alpha.float(), bias.float())
-    streams, *made, p, ss = kernels.post_pre(*write, *parameters, c)
+    if carried is not None:
+        carried = flat(agg.per_token(carried, lead, 1), 1).float()
+    streams, u, *made, p, ss = kernels.post_pre(*write, *parameters, carried, c)
     shapes = [(*lead, *own) for own in con.token_shapes(c)]
     made = [t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
-    return streams.reshape(x.shape), *made, p.reshape(*lead, -1), ss.reshape(lead)
+    u = None if u is None else u.reshape(*lead, x.shape[-1])
+    return streams.reshape(x.shape), u, *made, p.reshape(*lead, -1), ss.reshape(lead)
 
 
 def _fake(
-    x, y, post, res, phi, alpha, bias, spec, ghost=None, with_ghost=False, weight=None, shift=None
+    x,
+    y,
+    post,
+    res,
+    phi,
+    alpha,
+    bias,
+    spec,
+    ghost=None,
+    with_ghost=False,
+    weight=None,
+    shift=None,
+    carried=None,
 ):
     streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return streams, *pre_op._fake(x, phi, alpha, bias, spec, with_ghost)
@@ -127,7 +149,7 @@ def _fake(
 def _backward_fake(g, du, dpre, dpost, dres, dghost, x, *rest):
     return tuple(
         x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device)
-        for t in (x, *rest[:8])
+        for t in (x, *rest[:9])
     )
 
 
@@ -136,13 +158,13 @@ post_pre_backward = define("post_pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    *primals, ctx.spec, ghost, with_ghost, weight, shift = inputs
+    *primals, ctx.spec, ghost, with_ghost, weight, shift, carried = inputs
     streams, u, *coefficients, p, ss, next_ghost = output
     ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (next_ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
     ctx.has_ghost = ghost is not None
-    ctx.save_for_backward(*primals, weight, shift, streams, *coefficients, p, ss)
+    ctx.save_for_backward(*primals, weight, shift, carried, streams, *coefficients, p, ss)
 
 
 def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
@@ -151,7 +173,7 @@ def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
     dx, *grads = torch.ops.hc.post_pre_backward(
         g, du, dpre, dpost, dres, dghost, *saved, ctx.spec, ctx.has_ghost
     )
-    present = [d if t is not None else None for d, t in zip(grads, saved[1:9], strict=True)]
+    present = [d if t is not None else None for d, t in zip(grads, saved[1:10], strict=True)]
     dx, dghost = (None, dx) if ctx.has_ghost else (dx, None)
     return dx, *present[:6], None, dghost, None, *present[6:]
 
@@ -160,9 +182,8 @@ post_pre.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _reference(prims, rest):
-    x, y, post, res, phi, alpha, bias, weight, shift = prims
     c = parse(rest[-2])
-    return [*reference.post_pre(x, y, post, res, phi, alpha, bias, c, weight, shift), None]
+    return [*reference.post_pre(*prims[:7], c, *prims[7:]), None]
 
 
-double_backward(post_pre_backward, 6, 9, _reference)
+double_backward(post_pre_backward, 6, 10, _reference)

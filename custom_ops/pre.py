@@ -2,6 +2,9 @@
 
 Returns u, pre, post, res, and what its backward needs: p, ss and, if asked, the ghost of post.py.
 Moves: n + (n + V) C-units forward; backward n + V for <du, x>, then x, du, [g] and ∂x.
+
+Delayed pre (DeepSeek-V4.1): with `carried`, the pre of the sublayer before, u = Σ_i carried_i x_i
+and the own pre is for the next. Nothing of a sublayer then waits for its own ⟨du, x⟩.
 """
 
 import torch
@@ -39,7 +42,7 @@ def coefficients(
 def read(
     x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, c: Constraint
 ) -> Tensor:
-    """u, or with a read_norm norm(u)."""
+    """u = Σ_i pre_i x_i, or with a read_norm norm(u)."""
     if c.read_norm == "none":
         return agg.forward(x, pre if c.views == 1 else agg.per_token(pre, x.shape[:-2], 2))
     assert weight is not None
@@ -55,10 +58,12 @@ def forward(
     with_ghost: bool = False,
     weight: Tensor | None = None,
     shift: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
+    assert carried is None or c.views == 1
     pre, post, res, p, ss = coefficients(x, phi, alpha, bias, c)
-    u = read(x, pre, weight, shift, c)
+    u = read(x, pre if carried is None else carried, weight, shift, c)
     ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
     return u, pre, post, res, p, ss, ghost
 
@@ -75,6 +80,7 @@ def backward(
     bias: Tensor,
     weight: Tensor | None,
     shift: Tensor | None,
+    carried: Tensor | None,
     pre: Tensor,
     post: Tensor,
     res: Tensor,
@@ -82,24 +88,28 @@ def backward(
     ss: Tensor,
     spec: str,
     extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """∂x, ∂φ, ∂α, ∂b, ∂weight, ∂shift (empty where there is none).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """∂x, ∂φ, ∂α, ∂b, ∂weight, ∂shift, ∂carried (empty where there is none).
 
     g is the cotangent of the ghost, whose resᵀg belongs to ∂x. extra, what else ∂x consists of,
     is added in the same pass.
     """
     c = parse(spec)
     dweight, dshift = x.new_empty(0), x.new_empty(0)
+    weights = pre if carried is None else carried
     if c.read_norm != "none":
         assert weight is not None
-        du, read, dweight, dshift = read_norm.backward(du, x, pre, weight, shift, c)
+        du, read, dweight, dshift = read_norm.backward(du, x, weights, weight, shift, c)
     du_all = du.unsqueeze(-2) if c.views == 1 else du
-    pre_all = agg.per_token(pre, x.shape[:-2], len(con.token_shapes(c)[0]))
+    pre_all = agg.per_token(weights, x.shape[:-2], len(con.token_shapes(c)[0]))
     pre_all = pre_all.unsqueeze(-2) if c.views == 1 else pre_all
     if c.read_norm == "none":
         read = _dots(du_all, x)
         read = read.squeeze(-2) if c.views == 1 else read
-    read = agg.over_tokens(read, pre).to(pre.dtype)
+    read = agg.over_tokens(read, weights).to(weights.dtype)
+    dcarried = x.new_empty(0)
+    if carried is not None:
+        dcarried, read = read, torch.zeros_like(pre)
     dpre = read if dpre is None else read + dpre
     dpost = torch.zeros_like(post) if dpost is None else dpost
     dres = torch.zeros_like(res) if dres is None else dres
@@ -117,7 +127,7 @@ def backward(
     res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
     dx, dphi = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, c)
     dx = dx if extra is None else dx + extra
-    return dx, dphi, dalpha, dbias, dweight, dshift
+    return dx, dphi, dalpha, dbias, dweight, dshift, dcarried
 
 
 def _dots(du: Tensor, x: Tensor) -> Tensor:
@@ -159,7 +169,9 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
     return (dx + rest).to(x.dtype), dphi.to(phi.dtype)
 
 
-def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None):
+def _fake(
+    x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None, carried=None
+):
     c = parse(spec)
     lead, dim = x.shape[:-2], x.shape[-1]
     dtype = compute_dtype(x, phi, alpha, bias)
@@ -177,7 +189,7 @@ def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None):
 def _backward_fake(du, dpre, dpost, dres, g, x, *rest):
     return tuple(
         x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=x.device)
-        for t in (x, *rest[:5])
+        for t in (x, *rest[:6])
     )
 
 
@@ -186,12 +198,12 @@ pre_backward = define("pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    *primals, ctx.spec, with_ghost, weight, shift = inputs
+    *primals, ctx.spec, with_ghost, weight, shift, carried = inputs
     u, pre, post, res, p, ss, ghost = output
     ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (ghost,)))
     ctx.set_materialize_grads(False)
     ctx.u_shape = u.shape
-    ctx.save_for_backward(*primals, weight, shift, pre, post, res, p, ss)
+    ctx.save_for_backward(*primals, weight, shift, carried, pre, post, res, p, ss)
 
 
 def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
@@ -199,14 +211,14 @@ def _autograd(ctx, du, dpre, dpost, dres, dp, dss, g):
     if du is None:
         du = saved[0].new_zeros(()).expand(ctx.u_shape)
     grads = torch.ops.hc.pre_backward(du, dpre, dpost, dres, g, *saved, ctx.spec)
-    present = [g if t is not None else None for g, t in zip(grads, saved[:6], strict=True)]
+    present = [g if t is not None else None for g, t in zip(grads, saved[:7], strict=True)]
     return *present[:4], None, None, *present[4:]
 
 
 def _reference(prims, rest):
-    x, phi, alpha, bias, weight, shift = prims
-    return [*reference.pre(x, phi, alpha, bias, parse(rest[-2]), weight, shift), None]
+    x, phi, alpha, bias, *read = prims
+    return [*reference.pre(x, phi, alpha, bias, parse(rest[-2]), *read), None]
 
 
 pre.register_autograd(_autograd, setup_context=_setup_context)
-double_backward(pre_backward, 5, 6, _reference)
+double_backward(pre_backward, 5, 7, _reference)

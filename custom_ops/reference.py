@@ -227,10 +227,15 @@ def pre(
     c: Constraint,
     weight: Tensor | None = None,
     shift: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read side of a sublayer: u (normed if c says so) and the coefficients pre, post, res."""
+    """Read side of a sublayer: u (normed if c says so) and the coefficients pre, post, res.
+
+    u is read with `carried` where it is given, the pre of the sublayer before (V4.1).
+    """
     pre, post, res = coefficients(x, phi, alpha, bias, c)
-    u = aggregate(x, pre if c.views == 1 else pre.expand(*x.shape[:-2], *pre.shape[-2:]))
+    weights = pre if carried is None else carried
+    u = aggregate(x, weights if c.views == 1 else pre.expand(*x.shape[:-2], *pre.shape[-2:]))
     if c.read_norm != "none":
         assert weight is not None
         u = read_norm(u, weight, shift, c)
@@ -248,7 +253,8 @@ def post_pre(
     c: Constraint,
     weight: Tensor | None = None,
     shift: Tensor | None = None,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The boundary of two sublayers: post of one, then pre of the next: x', u, pre, post, res."""
     x = post(x, y, post_l, res_l)
-    return x, *pre(x, phi, alpha, bias, c, weight, shift)
+    return x, *pre(x, phi, alpha, bias, c, weight, shift, carried)

@@ -2,17 +2,18 @@
 
 from custom_ops.constraint import NEWTON_SCHULZ_SCHEDULE
 
+V4 = {
+    "pre_eps": 1e-6,
+    "start": "softmax",
+    "first": "row",
+    "denominator": "add",
+    "eps": 1e-6,
+    "transpose": True,
+}
 CONSTRAINTS: dict[str, dict] = {
     "sinkhorn": {},
     "sinkhorn-log": {"start": "log"},
-    "sinkhorn-v4": {
-        "pre_eps": 1e-6,
-        "start": "softmax",
-        "first": "row",
-        "denominator": "add",
-        "eps": 1e-6,
-        "transpose": True,
-    },
+    "sinkhorn-v4": V4,
     "sinkhorn-rowmax": {"start": "exp-rowmax", "iterations": 3, "temperature": 0.5},
     "newton-schulz": {"manifold": "newton-schulz"},
     "permutation": {"manifold": "permutation"},
@@ -38,8 +39,10 @@ CONSTRAINTS: dict[str, dict] = {
     "sigmoid-sum": {"pre": "sigmoid-sum", "pre_eps": 1e-6, "iterations": 2},
     "views": {"views": 2, "branches": 3, "iterations": 2},
     "head": {"post": "none", "manifold": "none", "pre_eps": 1e-6},
-    "read-rms": {"read_norm": "rms", "iterations": 2},
+    "read-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},  # conditions C = 1
     "read-layer": {"read_norm": "layer", "read_eps": 1e-5, "iterations": 2},
+    "delayed": V4 | {"norm_eps": 1e-20, "iterations": 3},
+    "delayed-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},
     "static": {
         "projection": "static",
         "pre": "linear",
@@ -49,6 +52,7 @@ CONSTRAINTS: dict[str, dict] = {
         "transpose": True,
     },
 }
+DELAYED = ("delayed", "delayed-rms")  # read with the pre of the sublayer before
 
 SINKHORN_OPTIONS: dict[str, tuple] = {
     "": (20, "exp-globalmax", "column", "max", 1e-30),

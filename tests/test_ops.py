@@ -5,7 +5,7 @@ import torch
 
 from custom_ops.catalog import CATALOG, ROWS, make_inputs
 from custom_ops.constraint import parse
-from custom_ops.variants import CONSTRAINTS
+from custom_ops.variants import CONSTRAINTS, DELAYED
 from tests.conftest import cotangents, outputs_and_gradients, worst
 
 CASES = [(row.name, variant) for row in ROWS for variant in row.variants]
@@ -146,7 +146,7 @@ def _token_inputs(name, variant, inputs):
         "constrain": (0, 1),
         "aggregate": (0, 1),
         "post": (0, 1, 2, 3),
-        "pre": (0,),
+        "pre": (0, len(inputs) - 1) if variant in DELAYED else (0,),
     }[name]
 
 

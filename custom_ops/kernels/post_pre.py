@@ -28,7 +28,9 @@ def hc_post_project(
     post_ptr,
     res_ptr,
     phi_ptr,
+    carried_ptr,
     out_ptr,
+    u_ptr,
     p_ptr,
     ss_ptr,
     tokens,
@@ -43,7 +45,10 @@ def hc_post_project(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x' of BLOCK_T tokens over one of SPLITS spans of C, and the span's share of p and Σx'²."""
+    """x' of BLOCK_T tokens over one of SPLITS spans of C, and the span's share of p and Σx'².
+
+    With `carried` also u = Σ_i carried_i x'_i, so that x' is never read again.
+    """
     split = tl.program_id(0) % SPLITS
     t_offs = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = t_offs < tokens
@@ -55,6 +60,8 @@ def hc_post_project(
     y_rows = y_ptr + t_offs[:, None] * width + c_offs[None, :]
     post = hc_columns_of(post_ptr, t_offs, t_mask, N)
     res = hc_columns_of(res_ptr, t_offs, t_mask, N * N)
+    if carried_ptr is not None:
+        carried = hc_columns_of(carried_ptr, t_offs, t_mask, N)
     p = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
     span = tl.cdiv(width, SPLITS * BLOCK_C) * BLOCK_C
@@ -69,6 +76,7 @@ def hc_post_project(
             x_tiles = x_tiles + (x_tile,)
         product = tl.zeros([BLOCK_M * HALVES, BLOCK_T], tl.float32)
         phi_mask = row_mask[:, None] & c_mask[None, :]
+        u = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for i in tl.static_range(N):
             wide = post[i] * y_tile.to(tl.float32)
             for j in tl.static_range(N):
@@ -77,12 +85,17 @@ def hc_post_project(
             tl.store(out_ptr + rows + (i * width + c), written, mask=mask)
             wide = written.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
+            if carried_ptr is not None:
+                u += carried[i] * wide
             phi = tl.load(phi_rows + (i * width + c), mask=phi_mask, other=0.0)
             turned = tl.trans(written.to(phi.dtype))  # φ on the left: x' then goes in as it lies
             product = tl.dot(phi, turned, product, input_precision=DOT)
         if HALVES == 2:  # finished here: the tensor cores are done with this turn's buffers
             product = tl.sum(tl.reshape(product, [BLOCK_M, 2, BLOCK_T]), axis=1)
         p += product
+        if carried_ptr is not None:
+            u_rows = u_ptr + t_offs[:, None] * width + c_offs[None, :]
+            tl.store(u_rows + c, u.to(u_ptr.dtype.element_ty), mask=mask)
     slot = split.to(tl.int64) * tokens + t_offs
     m_offs = tl.arange(0, BLOCK_M)
     mask = t_mask[None, :] & (m_offs < M)[:, None]
@@ -96,13 +109,15 @@ def post_project(
     post: torch.Tensor,
     res: torch.Tensor,
     phi: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x'_i = Σ_j res_ij x_j + post_i y, and the split-K partials of p = x' φᵀ and ss = Σx'².
+    carried: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """x'_i = Σ_j res_ij x_j + post_i y, u = Σ_i carried_i x'_i if asked, and the split-K partials
+    of p = x' φᵀ and ss = Σx'².
 
-    Args: x [T, n, C], y [T, C] float, post [T, n], res [T, n, n], phi [M, n·C] fp32; contiguous,
-    n ≤ 4, M ≤ 32.
-    Returns: x' [T, n, C] in x's dtype, p [S, T, M] and ss [S, T] fp32.
-    Moves: 2n + 1. A token's result does not depend on the others.
+    Args: x [T, n, C], y [T, C] float, post and carried [T, n], res [T, n, n], phi [M, n·C] fp32;
+    contiguous, n ≤ 4, M ≤ 32.
+    Returns: x' [T, n, C] and u [T, C] in x's dtype, p [S, T, M] and ss [S, T] fp32.
+    Moves: 2n + 1, with u 2n + 2. A token's result does not depend on the others.
     """
     tokens, count, width = x.shape
     coefficients = phi.shape[0]
@@ -110,6 +125,7 @@ def post_project(
     tile = post_project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, count * width // 1024))
     out = torch.empty_like(x)
+    u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
     p = phi.new_empty(splits, tokens, coefficients)
     ss = phi.new_empty(splits, tokens)
     launch(
@@ -120,7 +136,9 @@ def post_project(
         post,
         res,
         operand,
+        carried,
         out,
+        u,
         p,
         ss,
         tokens,
@@ -132,7 +150,7 @@ def post_project(
         SPLITS=splits,
         **tile,
     )
-    return out, p, ss
+    return out, u, p, ss
 
 
 def post_project_tile(coefficients: int, operand: torch.dtype) -> dict:
@@ -155,17 +173,18 @@ def post_pre(
     phi: torch.Tensor,
     alpha: torch.Tensor,
     bias: torch.Tensor,
+    carried: torch.Tensor | None,
     c: Constraint,
-) -> tuple[torch.Tensor, ...]:
-    """x', pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
+) -> tuple:
+    """x', u or None, pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
 
-    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1.
+    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1, with u 2n + 2.
     """
-    streams, p, ss = post_project(x, y, post, res, phi)
+    streams, u, p, ss = post_project(x, y, post, res, phi, carried)
     splits, width = p.shape[0], c.norm_width(x.shape[-1])
     if splits > 1:
         pre, post, res, p, ss = constrain(p, ss, alpha, bias, width, c, splits)
     else:
         p, ss = p[0].clone(), ss[0].clone()
         pre, post, res = constrain(p, ss, alpha, bias, width, c)
-    return streams, pre, post, res, p, ss
+    return streams, u, pre, post, res, p, ss

@@ -21,8 +21,8 @@ def _fused(monkeypatch):
     monkeypatch.setattr(op, "FUSED_ALIGNMENT", 1)  # the kernels take any width
 
 
-def boundary(tokens, n, width):
-    """x, y, post, res, φ, α and b of one boundary."""
+def boundary(tokens, n, width, delayed=False):
+    """x, y, post, res, φ, α and b of one boundary, and the carried pre where there is one."""
     c = Constraint(n, iterations=3)
     depth = n * width
     return [
@@ -33,7 +33,17 @@ def boundary(tokens, n, width):
         normal(c.total, depth, seed=5) / depth**0.5,
         1 + 0.1 * normal(3, seed=6),
         normal(c.total, seed=7),
+        *([normal(tokens, n, seed=8)] if delayed else []),
     ], c
+
+
+def composite(x, y, post, res, phi, alpha, bias, c, carried=None):
+    return reference.post_pre(x, y, post, res, phi, alpha, bias, c, carried=carried)
+
+
+def fused(x, y, post, res, phi, alpha, bias, c, carried=None, ghost=None, with_ghost=False):
+    options = (c.spec, ghost, with_ghost, None, None, carried)
+    return torch.ops.hc.post_pre(x, y, post, res, phi, alpha, bias, *options)
 
 
 def close(ours, eager, exact):
@@ -49,29 +59,32 @@ def gradients(outputs, inputs, cotangents):
     return torch.autograd.grad([o for o, _ in live], inputs, [g for _, g in live])
 
 
+@pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_without_ghost(shape):
-    inputs, c = boundary(*shape)
+def test_without_ghost(shape, delayed):
+    inputs, c = boundary(*shape, delayed)
     assert op.fits(*inputs[:4], c)
     wide = [t.double().requires_grad_() for t in inputs]
     leaves = [t.requires_grad_() for t in inputs]
-    exact = reference.post_pre(*wide, c)
-    outputs = torch.ops.hc.post_pre(*leaves, c.spec)[:5]
+    exact = composite(*wide[:7], c, *wide[7:])
+    outputs = fused(*leaves[:7], c, *leaves[7:])[:5]
     cotangents = [normal(*o.shape, seed=8 + i).to(o.dtype) for i, o in enumerate(outputs)]
     ours = [*outputs, *gradients(outputs, leaves, cotangents)]
     true = [*exact, *gradients(exact, wide, cotangents)]
-    plain = reference.post_pre(*leaves, c)
+    plain = composite(*leaves[:7], c, *leaves[7:])
     close(ours, [*plain, *gradients(plain, leaves, cotangents)], true)
 
 
 @pytest.mark.parametrize("extra", [False, True], ids=["alone", "with another user of x'"])
+@pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_with_ghosts(shape, extra):
+def test_with_ghosts(shape, delayed, extra):
     """The cotangent of the streams two posts later comes in, that of x' goes out."""
-    inputs, c = boundary(*shape)
+    inputs, c = boundary(*shape, delayed)
     leaves = [t.requires_grad_() for t in inputs]
     ghost = torch.zeros_like(inputs[0], requires_grad=True)
-    outputs = torch.ops.hc.post_pre(inputs[0].detach(), *leaves[1:], c.spec, ghost, True)
+    carried = leaves[7] if delayed else None
+    outputs = fused(inputs[0].detach(), *leaves[1:7], c, carried, ghost, True)
     streams, u, *coefficients, _, _, next_ghost = outputs
     later = normal(*inputs[0].shape, seed=20).bfloat16()
     cots = [normal(*u.shape, seed=21).bfloat16()]
@@ -84,7 +97,7 @@ def test_with_ghosts(shape, extra):
     def expected(precision):
         tensors = [t.detach().to(precision or t.dtype).requires_grad_() for t in inputs]
         written = reference.post(*tensors[:4])
-        read, *made = reference.pre(written, *tensors[4:], c)
+        read, *made = reference.pre(written, *tensors[4:7], c, None, None, *tensors[7:])
         total = torch.einsum("tij,tic->tjc", made[2].detach(), later.to(made[2].dtype))
         total = total if mine is None else total + mine
         return gradients([read, *made, written], [*tensors[1:], written], [*cots, total])
@@ -92,10 +105,12 @@ def test_with_ghosts(shape, extra):
     close(found, expected(None), expected(torch.float64))
 
 
-def test_a_token_does_not_see_the_others():
-    inputs, c = boundary(70, 4, 96)
-    whole = torch.ops.hc.post_pre(*inputs, c.spec)[:7]
-    alone = torch.ops.hc.post_pre(*(t[3:4].contiguous() for t in inputs[:4]), *inputs[4:], c.spec)
+@pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
+def test_a_token_does_not_see_the_others(delayed):
+    inputs, c = boundary(70, 4, 96, delayed)
+    whole = fused(*inputs[:7], c, *inputs[7:])[:7]
+    one = [t[3:4].contiguous() for t in (*inputs[:4], *inputs[7:])]
+    alone = fused(*one[:4], *inputs[4:7], c, *one[4:])
     for a, b in zip(whole, alone, strict=False):
         assert torch.equal(a[3:4], b)
 
