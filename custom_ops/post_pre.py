@@ -3,8 +3,8 @@
 x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if asked, a ghost of x'.
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
 of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
-is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u needs
-no second look at x': one pass, 2n + 2 forward.
+is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u
+needs no second look at x': one pass, 2n + 2 forward.
 """
 
 import torch

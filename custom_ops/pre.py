@@ -169,9 +169,7 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
     return (dx + rest).to(x.dtype), dphi.to(phi.dtype)
 
 
-def _fake(
-    x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None, carried=None
-):
+def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None, carried=None):
     c = parse(spec)
     lead, dim = x.shape[:-2], x.shape[-1]
     dtype = compute_dtype(x, phi, alpha, bias)

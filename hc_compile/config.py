@@ -7,7 +7,7 @@ from custom_ops.constraint import CHOICES, Constraint, check_count
 from hc_compile.presets import PRESETS, Preset
 
 IMPLEMENTATIONS = ("ops", "plain")
-REDUCTIONS = ("mean", "sum", "head", "attention")
+REDUCTIONS = ("mean", "sum", "head", "attention", "pre")
 EXPANSIONS = ("repeat", "embedding")
 
 
@@ -21,8 +21,8 @@ class HCConfig:
         preset: name of a row of `hc.PRESETS`, or a `Preset` of your own.
         iterations: Sinkhorn iterations; None takes the preset's (20).
         norm_eps: eps of the RMS norm before the projection; None takes the preset's (1e-6).
-        reduce: "mean", "sum", "head" or "attention" (Σ_i softmax_i(W x_i) ⊙ x_i); None takes the
-            preset's.
+        reduce: "mean", "sum", "head", "attention" (Σ_i softmax_i(W x_i) ⊙ x_i) or, with a delayed
+            preset, "pre" (that of the last sublayer); None takes the preset's.
         expand: "repeat", or "embedding" for a learned zero-initialised stream embedding on top.
         precision: of φ in the projection kernels, "bf16x2" (>= 16 mantissa bits), "bf16", "tf32"
             or "ieee"; None takes the preset's ("bf16x2").
@@ -75,6 +75,10 @@ class HCConfig:
         self._check_options(row, total)
         reduce = row.reduce if self.reduce is None else self.reduce
         _choice("reduce", reduce, REDUCTIONS)
+        if reduce == "pre" and not row.delayed:
+            raise ValueError(
+                f"reduce must not be 'pre' for preset {row.name!r}, which hands no pre on"
+            )
         _choice("expand", self.expand, EXPANSIONS)
         _choice("implementation", self.implementation, IMPLEMENTATIONS)
         object.__setattr__(self, "streams", streams)
@@ -102,6 +106,12 @@ class HCConfig:
             check_count(name, count, least=1)
             if count > 1 and total == 1:
                 raise ValueError(f"{name} must be 1 with one stream, got {count}")
+        several = (self.views, self.fractions or row.fractions)
+        if row.delayed and several != (1, 1):
+            raise ValueError(
+                f"views and fractions must be 1 for the delayed preset {row.name!r}, whose "
+                f"sublayers hand on the weights of one read, got {several[0]} and {several[1]}"
+            )
         if self.norm not in (None, *CHOICES["norm"]):
             raise ValueError(f"norm must be one of {CHOICES['norm']}, got {self.norm!r}")
         if not isinstance(self.mix_before_norm, bool):

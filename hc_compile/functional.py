@@ -193,21 +193,41 @@ def post(
     return torch.ops.hc.post(x, y, post, res, ghost)
 
 
+def _check_carried(x: Tensor, carried: Tensor | None, constraint: Constraint) -> None:
+    if carried is None:
+        return
+    if constraint.views > 1:
+        raise ValueError(f"carried must be None with several views, got {constraint.views} views")
+    n = x.shape[-2]
+    require_float("carried", carried)
+    require_device(x, carried=carried)
+    static = carried.dim() == 1
+    lead = () if static else x.shape[:-2]
+    require_shape("carried", carried, "[n]" if static else "[..., n]", (*lead, n))
+
+
 def pre(
     x: Tensor,
     phi: Tensor | None,
     alpha: Tensor | None,
     bias: Tensor,
     constraint: Constraint,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Read side of a sublayer, `coefficients` and `aggregate` in one: u, pre, post, res."""
+    """Read side of a sublayer, `coefficients` and `aggregate` in one: u, pre, post, res.
+
+    carried: [..., n] (or [n]) weights to read with in place of pre, which is then for the next
+    sublayer (delayed pre, DeepSeek-V4.1).
+    """
     _check_parameters(x, phi, alpha, bias, constraint)
+    _check_carried(x, carried, constraint)
     if transforming():
-        return reference.pre(x, phi, alpha, bias, constraint)
+        return reference.pre(x, phi, alpha, bias, constraint, carried=carried)
     if _composed(phi, constraint):
         made = coefficients(x, phi, alpha, bias, constraint)
-        return aggregate(x, made[0]), *made
-    return torch.ops.hc.pre(x, phi, alpha, bias, constraint.spec)[:4]
+        return aggregate(x, made[0] if carried is None else carried), *made
+    rest = (constraint.spec, False, None, None, carried)
+    return torch.ops.hc.pre(x, phi, alpha, bias, *rest)[:4]
 
 
 def pre_with_ghost(
@@ -254,16 +274,21 @@ def post_pre(
     alpha: Tensor | None,
     bias: Tensor,
     constraint: Constraint,
+    carried: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The boundary of two sublayers, `post` of one and `pre` of the next.
 
-    Returns: x' [..., n, C], u, pre, post, res of the next sublayer. Moves: 3n + 2 C-units.
+    Returns: x' [..., n, C], u, pre, post, res of the next sublayer. Moves: 3n + 2 C-units, 2n + 2
+        where the read is `carried` (see `pre`).
     """
     check_write(x, y, post, res)
     _check_parameters(x, phi, alpha, bias, constraint)
+    _check_carried(x, carried, constraint)
+    write = (x, y, post, res)
     if transforming():
-        return reference.post_pre(x, y, post, res, phi, alpha, bias, constraint)
+        return reference.post_pre(*write, phi, alpha, bias, constraint, carried=carried)
     if _composed(phi, constraint):
-        x = torch.ops.hc.post(x, y, post, res, None)
-        return x, *pre(x, phi, alpha, bias, constraint)
-    return torch.ops.hc.post_pre(x, y, post, res, phi, alpha, bias, constraint.spec)[:5]
+        x = torch.ops.hc.post(*write, None)
+        return x, *pre(x, phi, alpha, bias, constraint, carried)
+    rest = (constraint.spec, None, False, None, None, carried)
+    return torch.ops.hc.post_pre(*write, phi, alpha, bias, *rest)[:5]

@@ -72,7 +72,8 @@ class HyperConnection(nn.Module):
             *args, **kwargs: passed on to the branch.
 
         Returns: (u [..., C], add_residual) without a branch; with one the new streams, or
-            (streams, *rest) when the branch returned (y, *rest).
+            (streams, *rest) when the branch returned (y, *rest). A delayed preset always makes
+            a StreamState; given a tensor, it reads stream 0.
         Raises: ValueError, TypeError that name the argument.
         """
         u, add_residual = self._read(x)
@@ -92,19 +93,23 @@ class HyperConnection(nn.Module):
         if self.coefficients is None:
             x = resolve(state)
             return x.squeeze(-2), partial(self._add_to_one, x, lazy)
-        x, (u, post, res, ghost) = self._coefficients(state, lazy)
+        lazy = lazy or self.cfg.row.delayed
+        x, (u, pre, post, res, ghost) = self._coefficients(state, lazy)
         if self.monitor is not None:
             self.monitor(x, res)
         c, fractions = self.cfg, self.cfg.dim // self.cfg.width
         post = own_outputs(post, c.branches, fractions)
-        return join_views(u, c.views, fractions), partial(self._write, x, post, res, ghost, lazy)
+        carry = pre if c.row.delayed else None
+        add_residual = partial(self._write, x, post, res, ghost, carry, lazy)
+        return join_views(u, c.views, fractions), add_residual
 
     def _coefficients(self, state: StreamState, lazy: bool) -> tuple[Tensor, tuple]:
-        """The streams split into fractions, a pending write done, and u, post, res, ghost."""
+        """The streams split into fractions, a pending write done, and u, pre, post, res, ghost."""
         assert self.coefficients is not None
         plain = self.cfg.implementation == "plain"
         phi, alpha, bias = self.coefficients()
         parameters = (phi, alpha, bias, self.cfg.constraint)
+        carried = read_weights(state) if self.cfg.row.delayed else None
         if plain:
             require_device(state.x, phi=phi, alpha=alpha, bias=bias)
         ops = reference if plain else functional
@@ -113,18 +118,24 @@ class HyperConnection(nn.Module):
             x = x if state.pending is None else ops.post(x, *state.pending)
             source = ops.aggregate(x, mix.expand(*x.shape[:-2], *mix.shape))
             pre, post, res = ops.coefficients(source, *parameters)
-            return x, (ops.aggregate(x, pre), post, res, None)
+            u = ops.aggregate(x, pre if carried is None else carried)
+            return x, (u, pre, post, res, None)
         if state.pending is not None:
-            x, u, _, post, res = ops.post_pre(x, *state.pending, *parameters)
-            return x, (u, post, res, None)
+            x, *made = ops.post_pre(x, *state.pending, *parameters, carried=carried)
+            return x, (*made, None)
         if lazy or plain:
-            u, _, post, res = ops.pre(x, *parameters)
-            return x, (u, post, res, None)
-        u, _, post, res, ghost = functional.read(x, *parameters)
-        return x, (u, post, res, ghost)
+            return x, (*ops.pre(x, *parameters, carried=carried), None)
+        return x, functional.read(x, *parameters)
 
     def _write(
-        self, x: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None, lazy: bool, y: Tensor
+        self,
+        x: Tensor,
+        post: Tensor,
+        res: Tensor,
+        ghost: Tensor | None,
+        carry: Tensor | None,
+        lazy: bool,
+        y: Tensor,
     ) -> Tensor | StreamState:
         fractions = self.cfg.dim // self.cfg.width
         require_float("y", y)
@@ -135,14 +146,14 @@ class HyperConnection(nn.Module):
         y = split_output(y, self.cfg.branches, fractions)
         if lazy and self.dropout is None:
             functional.check_write(x, y, post, res)
-            return StreamState(merge(x, fractions), (y, post, res))
+            return StreamState(merge(x, fractions), (y, post, res), carry)
         if self.cfg.implementation == "plain":
             functional.check_write(x, y, post, res)
             new = reference.post(x, y, post, res)
         else:
             new = functional.post(x, y, post, res, ghost=ghost)
         new = self._drop(merge(new, fractions))
-        return StreamState(new) if lazy else new
+        return StreamState(new, None, carry) if lazy else new
 
     def _drop(self, x: Tensor) -> Tensor:
         return x if self.dropout is None else self.dropout(x)
@@ -171,6 +182,14 @@ def resolve(state: Tensor | StreamState) -> Tensor:
     return merge(functional.post(split(state.x, fractions), *state.pending), fractions)
 
 
+def read_weights(state: StreamState) -> Tensor:
+    """The pre handed on by the sublayer before; stream 0 alone where there was none."""
+    if state.pre is not None:
+        return state.pre
+    one = state.x.new_ones(1, dtype=reference.compute_dtype(state.x))
+    return torch.nn.functional.pad(one, (0, state.x.shape[-2] - 1))
+
+
 def expand_streams(h: Tensor, cfg: HCConfig) -> Tensor:
     """Embedding to streams: [..., C] -> [..., n, C], n copies.
 
@@ -192,16 +211,23 @@ def _repeat(h: Tensor, cfg: HCConfig) -> Tensor:
 def reduce_streams(x: Tensor | StreamState, cfg: HCConfig) -> Tensor:
     """Streams to the model's output: [..., n, C] -> [..., C] by mean or sum over the streams.
 
+    With reduce "pre" x must be the StreamState that the last sublayer made.
+
     Raises: ValueError if the configuration needs parameters (use StreamReduce).
     """
     if cfg.reduce in ("head", "attention") and cfg.n != 1:
         raise ValueError(
             f"cfg.reduce must be 'mean' or 'sum' (or use StreamReduce), got {cfg.reduce!r}"
         )
-    x = resolve(x)
+    state, x = x, resolve(x)
     require_streams(x, cfg.n, cfg.dim)
     if cfg.n == 1:
         return x.squeeze(-2)
+    if cfg.reduce == "pre":
+        if not isinstance(state, StreamState):
+            raise TypeError(f"x must be a StreamState to reduce by 'pre', got {type(x).__name__}")
+        ops = reference if cfg.implementation == "plain" else functional
+        return ops.aggregate(x, read_weights(state))
     wide = x.to(reference.compute_dtype(x))
     total = wide.sum(-2) if cfg.reduce == "sum" else wide.mean(-2)
     return total.to(x.dtype)

@@ -2,7 +2,7 @@
 
 Canonical orientation: res is applied [out, in]; a row that reproduces a transposed
 implementation sets `transpose` in its constraint. Sources: HC = arXiv 2409.19606, mHC = arXiv
-2512.24880, mHC-lite = arXiv 2601.05732, DeepSeek-V4 and HY-V4 as their public model code.
+2512.24880, mHC-lite = arXiv 2601.05732, DeepSeek-V4, V4.1 and HY-V4 as their public model code.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,14 @@ DYNAMIC_HC = {
     "manifold": "linear",
     "transpose": True,
 }
+DEEPSEEK_V4 = {
+    "pre_eps": 1e-6,
+    "start": "softmax",
+    "first": "row",
+    "denominator": "add",
+    "eps": 1e-6,
+    "transpose": True,
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +33,9 @@ class Preset:
     constraint: fields of `custom_ops.constraint.Constraint` that differ from its defaults.
     bias_init: rule of `hc_compile.initial` for b. phi_std: standard deviation of φ, 0 for zeros.
     alpha: initial gates; alpha_index says which of them gates pre, post and res.
-    reduce: "mean", "sum" or "head" (learned sigmoid head). streams, fractions: defaults;
-    max_streams: limit of their product.
+    reduce: "mean", "sum", "head" (learned sigmoid head) or "pre" (that of the last sublayer).
+    delayed: a sublayer reads with the pre of the one before, the first reads stream 0.
+    streams, fractions: defaults; max_streams: limit of their product.
     equals_residual: whether the network equals its plain residual twin at initialisation.
     """
 
@@ -42,6 +51,7 @@ class Preset:
     fractions: int = 1
     max_streams: int | None = None
     equals_residual: bool = True
+    delayed: bool = False
 
 
 _ROWS = (
@@ -86,19 +96,23 @@ _ROWS = (
     Preset(
         "mhc-v4",
         "DeepSeek-V4: row softmax + 1e-6, columns, then 19 × (rows, columns), transposed",
-        {
-            "pre_eps": 1e-6,
-            "start": "softmax",
-            "first": "row",
-            "denominator": "add",
-            "eps": 1e-6,
-            "transpose": True,
-        },
+        DEEPSEEK_V4,
         bias_init="zeros",
         phi_std=0.02,
         alpha=(1.0, 1.0, 1.0),
         reduce="head",
         equals_residual=False,
+    ),
+    Preset(
+        "mhc-v4.1",
+        "DeepSeek-V4.1: as V4, read with the pre of the sublayer before; the last pre reduces",
+        DEEPSEEK_V4 | {"norm_eps": 1e-20},
+        bias_init="zeros",
+        phi_std=0.02,
+        alpha=(1.0, 1.0, 1.0),
+        reduce="pre",
+        equals_residual=False,
+        delayed=True,
     ),
     Preset(
         "mhc-lite",

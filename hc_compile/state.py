@@ -15,6 +15,9 @@ the blocks take and return a state; the seam is then one op of the next graph, a
     leaves, form = pytree.tree_flatten(state)    # a pipeline stage sends the leaves that are
     state = pytree.tree_unflatten(leaves, form)  # tensors; the next stage does the write
 
+With a delayed preset (DeepSeek-V4.1) the layers make states of tensors themselves, since the next
+sublayer reads with the pre of this one; the code above stays the same without the first line.
+
 A state costs y [..., C] and the coefficients on top of x where it is kept or sent; reading it
 needs no call to `resolve`, which does the write on its own where no sublayer follows.
 """
@@ -29,7 +32,7 @@ class StreamState(NamedTuple):
 
     x: [..., n, C] streams before the pending write.
     pending: (y [..., C], post [..., n], res [..., n, n]) still to be applied, or None.
-    pre: [..., n] coefficients carried to the next sublayer by delayed-pre variants, or None.
+    pre: [..., n] weights of the next read, handed on by delayed presets, or None.
     """
 
     x: Tensor

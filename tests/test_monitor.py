@@ -27,7 +27,7 @@ def matrices(net, h):
     x, found = net.expand(h), []
     for connection, branch in zip(net.connections, net.branches, strict=True):
         c = connection.cfg.constraint
-        parts = split(x, connection.cfg.fractions)
+        parts = split(hc.resolve(x), connection.cfg.fractions)
         res = hc.functional.coefficients(parts, *connection.coefficients(), c)[2]
         found.append((res.double().expand(*parts.shape[:-1], c.streams), parts.double()))
         u, add_residual = connection(x)

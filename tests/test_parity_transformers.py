@@ -91,6 +91,50 @@ def test_deepseek_v4_head():
         assert worst(own[names[name]], grad) < 2e-5
 
 
+class V41Settings(Settings):
+    rms_norm_eps = 1e-20
+
+
+def _v41_by_their_modules(modules, h):
+    """V4.1's order of V4's modules: a read takes the pre of the one before, at first stream 0.
+
+    Their module consumes pre, so it is made here from the module's own norm and parameters.
+    """
+    x = h.unsqueeze(-2).expand(*h.shape[:-1], N, DIM).contiguous()
+    read = torch.eye(N)[0].expand(*h.shape[:-1], N)
+    reads = []
+    for module in modules:
+        post, comb, _ = module(x)
+        logits = torch.nn.functional.linear(module.input_norm(x.flatten(-2)), module.fn)[..., :N]
+        own = torch.sigmoid(logits * module.scale[0] + module.base[:N]) + module.hc_eps
+        u = (read.unsqueeze(-1) * x).sum(-2)
+        x = post.unsqueeze(-1) * torch.tanh(u).unsqueeze(-2) + comb.transpose(-1, -2) @ x
+        read = own
+        reads.append(u)
+    return [*reads, x, (read.unsqueeze(-1) * x).sum(-2)]
+
+
+def test_deepseek_v41_network():
+    modules = [randomised(v4.DeepseekV4HyperConnection(V41Settings())) for _ in range(3)]
+    cfg = hc.HCConfig(DIM, N, "mhc-v4.1")
+    layers = [hc.HyperConnection(cfg, k) for k in range(3)]
+    for k, (layer, module) in enumerate(zip(layers, modules, strict=True)):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.mul_(1 + 0.1 * k)
+        ours = layer.coefficients
+        ours.phi, ours.bias, ours.alpha = module.fn, module.base, module.scale
+    h = draw(2, 3, DIM, seed=5).requires_grad_()
+    x, reads = hc.expand_streams(h, cfg), []
+    for layer in layers:
+        u, add_residual = layer(x)
+        x = add_residual(torch.tanh(u))
+        reads.append(u)
+    ours = [*reads, hc.resolve(x), hc.reduce_streams(x, cfg)]
+    leaves = [h, *(p for module in modules for p in module.parameters())]
+    compare(_v41_by_their_modules(modules, h), ours, leaves)
+
+
 def test_hy_v4_sublayer():
     module = randomised(hy.HYV4HyperConnection(Settings()))
     x = draw(2, 3, N, DIM, seed=5).requires_grad_()

@@ -17,9 +17,10 @@ from hc_compile.passes.fold_norm import fold_norm
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
 from hc_compile.passes.graph import has_ops
 from hc_compile.passes.last_sublayer import last_sublayer
+from hc_compile.passes.link_ghosts import link_ghosts
 
 GraphPass = Callable[[Graph], bool]
-PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer)
+PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer, link_ghosts)
 UNTIMED: tuple[GraphPass, ...] = (
     fold_norm,
 )  # right, but off until a device has timed its kernels

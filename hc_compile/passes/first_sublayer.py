@@ -103,7 +103,7 @@ def _split(graph: Graph, node: Node) -> Node:
     with graph.inserting_before(node):
         written = [given[name] for name in ("x", "y", "post", "res")]
         post = emit(graph, torch.ops.hc.post.default, *written)
-        names = ("phi", "alpha", "bias", "spec", "with_ghost", "weight", "shift")
+        names = ("phi", "alpha", "bias", "spec", "with_ghost", "weight", "shift", "carried")
         parameters = [given[name] for name in names]
         pre = emit(graph, torch.ops.hc.pre.default, post, *parameters)
     for index, items in outputs(node).items():
@@ -137,7 +137,8 @@ def _read(graph: Graph, pre: Node, row: Node) -> None:
         arguments_ = (p, ss, given["alpha"], given["bias"], width, c.spec)
         made = emit(graph, torch.ops.hc.constrain.default, *arguments_)
         coefficients = [_item(graph, made, k) for k in range(3)]
-        whole = emit(graph, torch.sum, coefficients[0], -1, keepdim=True)
+        weights = coefficients[0] if given["carried"] is None else given["carried"]
+        whole = emit(graph, torch.sum, weights, -1, keepdim=True)
         u = emit(graph, torch.ops.hc.aggregate.default, row, whole)
     new = dict(enumerate([u, *coefficients, p, ss]))
     for index, items in outputs(pre).items():

@@ -62,6 +62,8 @@ def _fold(graph: Graph, node: Node, region: dict, order: dict) -> bool:
     c = parse(given["spec"])
     if len(items) != 1 or not only_unpacked(node) or c.read_norm != "none" or c.views > 1:
         return False
+    if name == "post_pre" and given["carried"] is not None:
+        return False  # one pass makes u while x' is written; its norm would need a second
     norm = _norm_of(items[0])
     if norm is None or region[node] != region[norm.end] or region[node][1]:
         return False

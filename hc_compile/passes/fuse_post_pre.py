@@ -24,6 +24,7 @@ from hc_compile.passes.graph import (
     outputs,
     regions,
     skip_reshapes,
+    square,
     take,
     untouched,
     value,
@@ -48,17 +49,17 @@ def _fuse(graph: Graph, post: Node, pre: Node, region: dict, order: dict) -> boo
     write, read = arguments(post, "post"), arguments(pre, "pre")
     first_user = min(post.users, key=order.__getitem__)
     tail = [read["phi"], read["alpha"], read["bias"]]
-    norm = [read["weight"], read["shift"]]
-    if any(isinstance(t, Node) and order[t] >= order[first_user] for t in tail + norm):
+    more = [read["weight"], read["shift"], read["carried"]]
+    if any(isinstance(t, Node) and order[t] >= order[first_user] for t in tail + more):
         return False
     if not region[post] == region[first_user] == region[pre]:
         return False
-    if not untouched(post, *write.values(), *tail, *norm) or not _square(write["res"]):
+    if not untouched(post, *write.values(), *tail, *more) or not square(write["res"]):
         return False
     with graph.inserting_before(first_user):
         inputs = (write["x"], write["y"], write["post"], write["res"], *tail, read["spec"])
         ghosts = (write["ghost"], read["with_ghost"])
-        fused = graph.call_function(torch.ops.hc.post_pre.default, (*inputs, *ghosts, *norm))
+        fused = graph.call_function(torch.ops.hc.post_pre.default, (*inputs, *ghosts, *more))
         fused.meta = dict(pre.meta) | _example_values(post, pre)
         streams = take(graph, fused, 0, like=post)
     post.replace_all_uses_with(streams, delete_user_cb=lambda user: user is not pre)
@@ -76,11 +77,6 @@ def _fuse(graph: Graph, post: Node, pre: Node, region: dict, order: dict) -> boo
     graph.erase_node(pre)
     graph.erase_node(post)
     return True
-
-
-def _square(res: Node) -> bool:
-    fake = value(res)
-    return fake is None or fake.shape[-2] == fake.shape[-1]
 
 
 def _example_values(post: Node, pre: Node) -> dict[str, Any]:

@@ -73,6 +73,12 @@ def _same_shape(*nodes: object) -> bool:
     return all(statically_known_true(a == b) for a, b in pairs)
 
 
+def square(res: Node) -> bool:
+    """Whether the mix keeps the number of streams, as far as the graph says."""
+    fake = value(res)
+    return fake is None or fake.shape[-2] == fake.shape[-1]
+
+
 def outputs(node: Node) -> dict[int, list[Node]]:
     """The getitem nodes on a tuple-valued node, by index."""
     found: dict[int, list[Node]] = {}

@@ -1,8 +1,11 @@
-"""Last sublayer: where its streams are only averaged (or added), they are never made.
+"""Last sublayer: where its streams are only averaged, added or weighed, they are never made.
 
 before                                       after
     x' = hc.post(x, y, post, res, ghost)         h = hc.post(x, y, meanᵢ postᵢ, meanᵢ res_ij)
     h = x'.float().mean(-2).to(x'.dtype)           = Σⱼ (meanᵢ res_ij) xⱼ + (meanᵢ postᵢ) y
+
+The same for sums and, with Σᵢ preᵢ in place of the mean, for h = hc.aggregate(x', pre), by which
+DeepSeek-V4.1 leaves its streams.
 
 C-units: 3n + 2 become n + 2 forward, 7n + 5 about 6n + 6 backward.
 Numerics: better, not the same. x' is no longer rounded to the streams' dtype before the mean, so h
@@ -30,7 +33,7 @@ from hc_compile.passes.graph import (
 
 
 def last_sublayer(graph: Graph) -> bool:
-    """Fold every mean or sum over the streams into the post it reads; returns whether it did."""
+    """Fold every reduction of the streams into the post it reads; returns whether it did."""
     region = regions(graph)
     posts = [node for node in graph.nodes if is_op(node, "post")]
     return any([_rewrite(graph, post, region) for post in posts])
@@ -41,14 +44,13 @@ def _rewrite(graph: Graph, post: Node, region: dict) -> bool:
     given = arguments(post, "post")
     if chain is None or any(region[node] != region[post] for node in chain if node):
         return False
-    if not untouched(post, *given.values()):
-        return False
     total, last = chain[1], chain[-1]
     assert total is not None and last is not None
-    reduce = torch.mean if is_call(total, "mean") else torch.sum
+    if not untouched(post, *given.values(), *total.all_input_nodes):
+        return False
     with graph.inserting_before(last):
-        write = emit(graph, reduce, given["post"], -1, keepdim=True)
-        mix = emit(graph, reduce, given["res"], -2, keepdim=True)
+        write = _reduced(graph, total, given["post"], -1)
+        mix = _reduced(graph, total, given["res"], -2)
         one = emit(graph, torch.ops.hc.post.default, given["x"], given["y"], write, mix)
         h = emit(graph, torch.squeeze, one, -2)
     h.meta = dict(last.meta) | h.meta
@@ -57,11 +59,26 @@ def _rewrite(graph: Graph, post: Node, region: dict) -> bool:
     return True
 
 
+def _reduced(graph: Graph, total: Node, coefficient: Node, dim: int) -> Node:
+    """post or res as `total` reduces the streams: over rows of res, over entries of post."""
+    if not is_op(total, "aggregate"):
+        reduce = torch.mean if is_call(total, "mean") else torch.sum
+        return emit(graph, reduce, coefficient, dim, keepdim=True)
+    weights = arguments(total, "aggregate")["pre"]
+    weights = emit(graph, torch.unsqueeze, weights, -1) if dim == -2 else weights
+    weighed = emit(graph, torch.mul, weights, coefficient)
+    return emit(graph, torch.sum, weighed, dim, keepdim=True)
+
+
 def _reduction(post: Node) -> tuple[Node | None, ...] | None:
-    """(widening cast or None, mean or sum over streams, cast back) if that is all x' is for."""
+    """(widening cast or None, reduction over streams, cast back) if that is all x' is for."""
     fake, user = value(post), only_user(post)
     if fake is None or user is None:
         return None
+    if is_op(user, "aggregate"):
+        parts = [arguments(user, "aggregate")["pre"], arguments(post, "post")["y"]]
+        single = [value(p) is not None and value(p).dim() < fake.dim() for p in parts]
+        return (None, user) if all(single) else None  # one view, one branch
     cast = user if _casts(user) and _holds(user, fake.dtype) else None
     total = only_user(user) if cast is not None else user
     if total is None or not is_call(total, "mean", "sum") or value(total) is None:

@@ -86,7 +86,7 @@ class Net(nn.Module):
         for norm, layer in zip(self.norms, self.layers, strict=True):
             u, add = layer(x)
             x = add(torch.tanh(norm(u)))
-        return x
+        return hc.resolve(x)
 
 
 def run(name, norm, n=4, dtype=torch.float64, passes=(*PASSES, *UNTIMED)):
@@ -127,10 +127,12 @@ def test_norms_that_are_left_alone(norm):
 
 @pytest.mark.parametrize("name", [p for p in hc.PRESETS if p != "residual"])
 def test_every_preset(name):
-    """Fractions are several views, whose norm is over all of them: left alone."""
+    """Fractions are several views, whose norm is over all of them: left alone.
+
+    So is a boundary with delayed pre, which makes u in the pass that writes x'.
+    """
     folded, ours, plain = run(name, FOLDED["RMSNorm"], n=3)
-    assert "post_pre" in folded
-    assert set(folded.values()) == {name != "fhc"}
+    assert folded == {"pre": name != "fhc", "post_pre": name not in ("fhc", "mhc-v4.1")}
     assert_equal(ours, plain)
 
 

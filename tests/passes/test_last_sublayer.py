@@ -40,6 +40,32 @@ def test_only_the_last_post_makes_one_stream(name, reduce):
     assert folded(function, net, h) == [(4, DIM), (4, DIM), (1, DIM)]
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_streams_weighed_by_a_carried_pre_are_never_made(static):
+    net, h = net_and_input("mhc-v4.1", 4)
+    weights = draw(4, dtype=torch.float64)
+
+    def function(h):
+        x = net.expand(h)
+        for k in range(3):
+            x = block_of(net, k, x)
+        return net.reduce(x._replace(pre=weights) if static else x)
+
+    assert folded(function, net, h) == [(1, DIM)]
+
+
+def test_several_branches_weighed_stay():
+    cfg = hc.HCConfig(DIM, 4, "mhc-v4.1", branches=2)
+    layer = hc.HyperConnection(cfg, dtype=torch.float64)
+    h = draw(2, DIM, dtype=torch.float64).requires_grad_()
+
+    def function(h):
+        u, add_residual = layer(hc.expand_streams(h, cfg))
+        return hc.reduce_streams(add_residual(torch.stack([u, torch.tanh(u)], -2)), cfg)
+
+    assert folded(function, layer, h) == [(4, DIM)]
+
+
 WRITTEN_OUT = {
     "mean": lambda x: x.mean(-2),
     "mean of a list": lambda x: torch.mean(x, dim=[-2]),
