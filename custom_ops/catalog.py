@@ -70,12 +70,11 @@ def _carried(variant: str, tokens: int, n: int, generator: torch.Generator) -> T
 
 def _split(variant: str, parameters: Tensors) -> tuple[tuple, tuple]:
     """(φ, α, b), None where static, and (weight, shift, carried) of the read."""
-    carried = None
-    if variant in DELAYED:
-        *parameters, carried = parameters
+    carried = parameters[-1] if variant in DELAYED else None
+    parameters = parameters[:-1] if variant in DELAYED else parameters
     if len(parameters) == 1:
         return (None, None, *parameters), (None, None, carried)
-    return tuple(parameters[:3]), (*(*parameters[3:], None, None)[:2], carried)
+    return parameters[:3], (*(*parameters[3:], None, None)[:2], carried)
 
 
 def _write_inputs(c: Constraint, tokens: int, width: int, generator) -> Tensors:

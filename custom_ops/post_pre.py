@@ -182,8 +182,9 @@ post_pre.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _reference(prims, rest):
+    x, y, post, res, phi, alpha, bias, *read = prims
     c = parse(rest[-2])
-    return [*reference.post_pre(*prims[:7], c, *prims[7:]), None]
+    return [*reference.post_pre(x, y, post, res, phi, alpha, bias, c, *read), None]
 
 
 double_backward(post_pre_backward, 6, 10, _reference)
