@@ -41,7 +41,7 @@ CONSTRAINTS: dict[str, dict] = {
     "head": {"post": "none", "manifold": "none", "pre_eps": 1e-6},
     "read-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},  # conditions C = 1
     "read-layer": {"read_norm": "layer", "read_eps": 1e-5, "iterations": 2},
-    "delayed": V4 | {"norm_eps": 1e-20, "iterations": 3},
+    "delayed": V4 | {"norm_eps": 1e-20},
     "delayed-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},
     "static": {
         "projection": "static",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,15 @@ from profiles.sublayer import Shape
 from profiles.timing import Cost, Effort, floor_ms, measure
 
 DIRECTIONS = ("forward", "backward")
+
+
+# The boundary with delayed pre: one pass over the streams in each direction.
+DELAYED = replace(
+    CATALOG["post_pre"],
+    name="post_pre, delayed",
+    variants={"delayed": {}},
+    units=lambda n: (2 * n + 2, 3 * n + 3),
+)
 
 
 @dataclass
@@ -147,7 +156,7 @@ def streaming_rows() -> list[Row]:
     """Ops that move streams, the cheapest to compile first."""
     order = ("aggregate", "post", "project", "pre", "post_pre")
     known = [CATALOG[name] for name in order if name in CATALOG]
-    return known + [r for r in ROWS if r.units is not None and r.name not in order]
+    return [*known, DELAYED] + [r for r in ROWS if r.units is not None and r.name not in order]
 
 
 def small_rows() -> list[Row]:

@@ -62,6 +62,7 @@ WAYS: dict[str, ModelWay] = {
     "compiled PyTorch": ModelWay("mhc", "plain", PLAIN),
     "ours, torch.compile": ModelWay("mhc", "ops", PLAIN),
     "ours, hc.compile": ModelWay("mhc", "ops", partial(hc.compile, dynamic=False)),
+    "ours, v4.1, hc.compile": ModelWay("mhc-v4.1", "ops", partial(hc.compile, dynamic=False)),
 }
 PER_PASS: dict[str, ModelWay] = {
     f"ours, passes up to {run.__name__}": ModelWay("mhc", "ops", _with_passes(count))

@@ -59,11 +59,13 @@ class Way:
         implementation: "ops", "plain", or the name of a peer.
         compile: None, "plain" (torch.compile) or "fused" (the hc_inductor backend).
         chain: sublayers run one after another.
+        preset: the hyper-connection.
     """
 
     implementation: str
     compile: str | None = None
     chain: int = 1
+    preset: str = "mhc"
 
 
 WAYS: dict[str, Way] = {
@@ -74,6 +76,8 @@ WAYS: dict[str, Way] = {
     "ours, torch.compile, chain of 4": Way("ops", "plain", 4),
     "ours, hc.compile, chain of 4": Way("ops", "fused", 4),
     "ours, hc.compile, chain of 8": Way("ops", "fused", 8),
+    "ours, v4.1, eager, chain of 4": Way("ops", None, 4, "mhc-v4.1"),
+    "ours, v4.1, hc.compile, chain of 4": Way("ops", "fused", 4, "mhc-v4.1"),
 }
 
 
@@ -83,7 +87,11 @@ class Chain(nn.Module):
     def __init__(self, way: Way, shape: Shape, iterations: int, device: str):
         super().__init__()
         cfg = hc.HCConfig(
-            shape.width, shape.streams, iterations=iterations, implementation=way.implementation
+            shape.width,
+            shape.streams,
+            way.preset,
+            iterations=iterations,
+            implementation=way.implementation,
         )
         self.sublayers = nn.ModuleList(
             hc.HyperConnection(cfg, k, torch.ops.hc_bench.branch, device=device)
@@ -95,7 +103,7 @@ class Chain(nn.Module):
         """Streams [T, n, C] -> the same."""
         for sublayer in self.sublayers:
             x = sublayer(x)
-        return x
+        return hc.resolve(x)
 
 
 @torch.no_grad()
@@ -172,7 +180,9 @@ def per_sublayer(cost: Cost, chain: int) -> Cost:
     return Cost(cost.ms / chain, graph, cost.first_seconds)
 
 
-def units(streams: int) -> tuple[int, int]:
+def units(streams: int, delayed: bool = False) -> tuple[int, int]:
     """Mandatory C-units of a sublayer and its branch, fused at the boundary: forward, train."""
-    forward = 3 * streams + 2 + BRANCH_UNITS
-    return forward, forward + 5 * streams + 4 + BRANCH_UNITS
+    forward, backward = 3 * streams + 2, 5 * streams + 4
+    if delayed:  # one pass each way
+        forward, backward = 2 * streams + 2, 3 * streams + 3
+    return forward + BRANCH_UNITS, forward + backward + 2 * BRANCH_UNITS

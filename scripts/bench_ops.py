@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import hc_compile as hc
 from profiles import catalog_bench, peers, tables
 from profiles.sublayer import WAYS, Shape, SublayerCost, Way, measure_sublayer, units
 from profiles.timing import Effort, copy_bandwidth, floor_ms, measuring
@@ -145,7 +146,9 @@ def bench_sublayer(
 
 def sublayer_record(name: str, shape: Shape, cost: SublayerCost, bandwidth: float) -> dict:
     """One line of the sublayer table as plain data."""
-    floor = floor_ms(units(shape.streams)[1], shape.tokens, shape.width, 2, bandwidth)
+    delayed = name in WAYS and hc.PRESETS[WAYS[name].preset].delayed
+    moved = units(shape.streams, delayed)[1]
+    floor = floor_ms(moved, shape.tokens, shape.width, 2, bandwidth)
     return {
         "way": name,
         "tokens": shape.tokens,
