@@ -1,6 +1,6 @@
 """`hc.convert`: a pre-norm transformer of transformers or timm becomes hyper-connected in place.
 
-Any other stack of blocks x + f(norm(x)) takes three lines, after its checkpoint is loaded:
+Any other stack of blocks x + f(norm(x)), once its checkpoint is loaded (keys change):
 
     import hc_compile as hc
 
@@ -177,7 +177,7 @@ def _check_layers(layers: list[nn.Module], original: type, form: Form) -> None:
 
 
 def _check_start(cfg: HCConfig) -> None:
-    """Refuse a configuration whose sublayer is not x + F(x) at the start, in float64."""
+    """Refuse a configuration whose sublayers are not x + F(x) at the start, in float64."""
     good = tuple(name for name, row in PRESETS.items() if row.equals_residual)
     if not cfg.row.equals_residual:
         raise ValueError(
@@ -190,12 +190,15 @@ def _check_start(cfg: HCConfig) -> None:
         )
     small = replace(cfg, dim=4 * (cfg.fractions or 1), dropout=0.0, implementation="plain")
     generator = torch.Generator().manual_seed(0)
-    h, y = torch.randn(2, 3, small.dim, generator=generator, dtype=torch.float64)
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        kind: dict[str, Any] = {"device": "cpu", "dtype": torch.float64}
-        u, add_residual = HyperConnection(small, **kind)(StreamExpand(small, **kind)(h))
-        end = StreamReduce(small, **kind)(add_residual(y))
-    error = max(float((u - h).abs().max()), float((end - h - y).abs().max()))
+    with torch.random.fork_rng(devices=()), torch.no_grad(), torch.device("cpu"):
+        h, y = torch.randn(2, 3, small.dim, generator=generator, dtype=torch.float64)
+        x, error = StreamExpand(small, dtype=torch.float64)(h), 0.0
+        for k in range(2):
+            u, add_residual = HyperConnection(small, k, dtype=torch.float64)(x)
+            x = add_residual(y)
+            error = max(error, float((u - h - k * y).abs().max()))
+        end = StreamReduce(small, dtype=torch.float64)(x)
+        error = max(error, float((end - h - 2 * y).abs().max()))
     if not error <= TOLERANCE:
         raise ValueError(
             "cfg must start as the plain residual (reduce 'mean' or 'attention', proposals 1, "
