@@ -71,8 +71,9 @@ def generate(
         raise ValueError(
             f"cache must hold S + steps = {tokens.shape[1] + steps}, got {cache.max_seq_len}"
         )
-    new = tokens[:, :]
-    torch._dynamo.maybe_mark_dynamic(new, 1)  # a compiled model needs one graph for all prompts
+    new = tokens.clone()
+    if new.shape[1] > 1:  # a compiled model then has one graph for all prompts
+        torch._dynamo.maybe_mark_dynamic(new, 1)
     for _ in range(steps):
         if cache is None:
             logits = model(tokens[:, -max_seq_len:])

@@ -188,6 +188,9 @@ class Transformer(nn.Module):
                 f"tokens must have S <= max_seq_len = {self.cfg.max_seq_len}, "
                 f"got S = {tokens.shape[1]}"
             )
+        if cache is not None and tokens.shape[0] != cache.length.shape[0]:
+            rows = cache.length.shape[0]
+            raise ValueError(f"tokens must be [{rows}, S], as the cache, got {list(tokens.shape)}")
         h = self.embed(tokens)
         h = h.to(self.cfg.stream_dtype or h.dtype)
         x = self.expand(h)

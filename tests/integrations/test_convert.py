@@ -186,7 +186,7 @@ def test_every_seam_fuses(family):
 
 @pytest.mark.compile
 def test_hc_compile_serves_a_converted_model():
-    model = move(converted(build("llama", torch.float32)))
+    model = move(converted(build("llama", torch.float32), preset="shc"))
     compiled = hc.compile(lambda given: output(model, given), fullgraph=True)
     assert worst(compiled(inputs(model)), output(model)) <= 1e-4
 
