@@ -59,10 +59,13 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write [B, H, S, D] behind the positions already there; the buffers up to `limit`."""
-        index = (self.rows, slice(None), self.positions(keys.shape[-2]))
+        self._write(layer, self.positions(keys.shape[-2]), keys, values)
+        return self.keys[layer][:, :, : self.limit], self.values[layer][:, :, : self.limit]
+
+    def _write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        index = (self.rows, slice(None), positions)
         self.keys[layer][index] = keys.transpose(1, 2)
         self.values[layer][index] = values.transpose(1, 2)
-        return self.keys[layer][:, :, : self.limit], self.values[layer][:, :, : self.limit]
 
     def attention(self, tokens: int) -> LayerAttend:
         """Causal attention of the next S tokens to themselves and to all that is written.
@@ -71,16 +74,16 @@ class KVCache:
             The first tokens of an empty cache see only themselves; all others read the whole
             buffers under a mask, so that no shape depends on how much is written.
         """
-        if tokens > 1 and self.empty:
-            keep = None
-        else:
-            keep = self.slots <= self.positions(tokens)[:, None, :, None]
+        positions, keep = self.positions(tokens), None
+        if tokens == 1 or not self.empty:
+            keep = self.slots <= positions[:, None, :, None]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.append(layer, key, value)
+            self._write(layer, positions, key, value)
             if keep is None:
                 return attend_causally(query, key, value)
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=keep)
+            key, value = self.keys[layer], self.values[layer]
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=keep)
 
         return attend
 

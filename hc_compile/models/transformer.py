@@ -179,6 +179,24 @@ class Transformer(nn.Module):
             TypeError: when tokens are not integers.
             ValueError: on a wrong rank or too long a sequence.
         """
+        self._check(tokens, cache)
+        length = tokens.shape[1]
+        h = self.embed(tokens)
+        x = self.expand(h.to(self.cfg.stream_dtype or h.dtype))
+        if cache is None:
+            cos, sin = self.cos[:length], self.sin[:length]
+            for block in self.blocks:
+                x = block(x, cos, sin)
+        else:
+            positions, attend = cache.positions(length), cache.attention(length)
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cos, sin, partial(attend, layer))
+            cache.advance(length)
+        h = self.norm(self.reduce(x))
+        return linear(h, self.embed.weight if self.head is None else self.head)
+
+    def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -191,22 +209,6 @@ class Transformer(nn.Module):
         if cache is not None and tokens.shape[0] != cache.length.shape[0]:
             rows = cache.length.shape[0]
             raise ValueError(f"tokens must be [{rows}, S], as the cache, got {list(tokens.shape)}")
-        h = self.embed(tokens)
-        h = h.to(self.cfg.stream_dtype or h.dtype)
-        x = self.expand(h)
-        if cache is None:
-            cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-            for block in self.blocks:
-                x = block(x, cos, sin)
-        else:
-            positions = cache.positions(tokens.shape[1])
-            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-            attend = cache.attention(tokens.shape[1])
-            for layer, block in enumerate(self.blocks):
-                x = block(x, cos, sin, partial(attend, layer))
-            cache.advance(tokens.shape[1])
-        h = self.norm(self.reduce(x))
-        return linear(h, self.embed.weight if self.head is None else self.head)
 
     def new_cache(self, batch: int, max_seq_len: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of up to max_seq_len tokens (None: the model's)."""

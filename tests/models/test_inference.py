@@ -173,6 +173,34 @@ def test_inductor_decodes():
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["residual", "mhc"])
+def test_cuda_graphs_decode(preset):
+    """mode="reduce-overhead", and one eager step captured by hand, against eager code."""
+    model = make(preset, dtype=torch.float32).cuda()
+    inputs = ids(length=12).cuda()
+    whole = model(inputs)
+    step = hc.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):  # warm-up, recording, replay; each with a cache of its own
+            cache, parts = model.new_cache(2), []
+            for piece in inputs.split([7, 1, 1, 1, 1, 1], dim=1):
+                parts.append(step(piece.clone(), cache=cache).clone())
+            torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-4)
+        cache, token = model.new_cache(2), inputs[:, 7:8].clone()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model(token, cache=cache)
+            cache.reset(0)
+            model(inputs[:, :7], cache=cache)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                logits = model(token, cache=cache)
+            for at in range(7, 12):
+                token.copy_(inputs[:, at : at + 1])
+                graph.replay()
+                torch.testing.assert_close(logits[:, 0], whole[:, at], rtol=1e-3, atol=1e-4)
+
+
 def test_errors():
     model = make()
     with pytest.raises(ValueError, match=r"max_seq_len must be in \[1, 32\], got 33"):
