@@ -44,6 +44,13 @@ def test_cache_equals_the_whole_context(preset, streams, cuts):
     assert cache.length.tolist() == [9, 9]
 
 
+def test_the_last_of_8192_positions():
+    model = make("shc", layers=1, max_seq_len=8192)
+    inputs, cache = ids(1, 8192), model.new_cache(1)
+    parts = pieces(model, inputs, [8000, 190, 1, 1], cache)
+    torch.testing.assert_close(parts[:, -200:], model(inputs)[:, -200:], rtol=0, atol=1e-10)
+
+
 def test_rows_have_lengths_of_their_own():
     """Prompts padded on the right, then tokens that each continue their own row."""
     model, cache = make(), None
