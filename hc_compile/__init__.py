@@ -3,6 +3,7 @@
 from hc_compile import functional
 from hc_compile.backend import compile, install, uninstall
 from hc_compile.config import HCConfig
+from hc_compile.integrations.convert import convert
 from hc_compile.module import (
     HyperConnection,
     StreamExpand,
@@ -26,6 +27,7 @@ __all__ = [
     "StreamReduce",
     "StreamState",
     "compile",
+    "convert",
     "expand_streams",
     "functional",
     "install",

@@ -86,17 +86,16 @@ def capture_graph(call: Call, warmup: int = 3) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def measure(call: Call, device: str, effort: Effort = Effort()) -> Cost:
-    """First call, then medians without and (on a GPU) with a CUDA graph."""
+def measure(call: Call, device: str, effort: Effort = Effort(), graph: bool = True) -> Cost:
+    """First call, then medians without and (on a GPU, if `graph`) with a CUDA graph."""
     began = time.perf_counter()
     call()
     synchronize(device)
     first = time.perf_counter() - began
     ms = median_ms(call, device, effort)
-    if not device.startswith("cuda"):
+    if not (graph and device.startswith("cuda")):
         return Cost(ms, None, first)
-    graph = capture_graph(call)
-    return Cost(ms, median_ms(graph.replay, device, effort), first)
+    return Cost(ms, median_ms(capture_graph(call).replay, device, effort), first)
 
 
 def copy_bandwidth(device: str, size: int = COPY_BYTES) -> float:

@@ -1,1 +1,1 @@
-"""Models of other libraries, with their hyper-connections replaced in place."""
+"""Models of other libraries, changed in place: their hyper-connections replaced, or made."""

@@ -87,16 +87,18 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -
 
     Args:
         x: [..., S, D], floating.
-        cos, sin: [S, D/2], the rows of `rope_tables` for these positions.
+        cos, sin: [S, D/2], the rows of `rope_tables` for these positions; of x [B, H, S, D] also
+            [B, 1, S, D/2], where each row of the batch has positions of its own.
         interleaved: pairs are (x[2i], x[2i + 1]); else (x[i], x[i + D/2]), the half-split form.
     Returns: the shape and dtype of x.
     Raises:
         ValueError: when the tables do not fit x.
     """
     expected = [x.shape[-2], x.shape[-1] // 2]
-    if list(cos.shape) != expected or list(sin.shape) != expected:
+    own = [x.shape[0], 1, *expected]  # of each row
+    if list(cos.shape) not in (expected, own) or sin.shape != cos.shape:
         raise ValueError(
-            f"cos and sin must be [S, D/2] = {expected}, "
+            f"cos and sin must be [S, D/2] = {expected} or [B, 1, S, D/2], "
             f"got {list(cos.shape)} and {list(sin.shape)}"
         )
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)

@@ -71,10 +71,14 @@ def generate(
         raise ValueError(
             f"cache must hold S + steps = {tokens.shape[1] + steps}, got {cache.max_seq_len}"
         )
+    new = tokens.clone()
+    if new.shape[1] > 1:  # a compiled model then has one graph for all prompts
+        torch._dynamo.maybe_mark_dynamic(new, 1)
     for _ in range(steps):
         if cache is None:
-            logits = model(tokens[:, -max_seq_len:])[:, -1]
+            logits = model(tokens[:, -max_seq_len:])
         else:
-            logits = model(tokens[:, cache.length :], cache=cache)[:, -1]
-        tokens = torch.cat((tokens, sample_next(logits, temperature, top_k, generator)), dim=1)
+            logits = model(new, cache=cache)
+        new = sample_next(logits[:, -1], temperature, top_k, generator)
+        tokens = torch.cat((tokens, new), dim=1)
     return tokens

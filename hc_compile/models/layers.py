@@ -6,24 +6,45 @@ size of the MLP. Everything is plain torch that Inductor fuses; there is no kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hc_compile.layers import apply_rope, check_last_dim, fused_swiglu, linear
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q kᵀ/√D) v over the positions up to each query's own, by torch's SDPA.
+
+    Args:
+        query, key, value: [B, H, S, D].
+    Returns: [B, H, S, D].
+    """
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
 
 def causal_attention(
-    x: Tensor, w_qkv: Tensor, w_out: Tensor, cos: Tensor, sin: Tensor, heads: int
+    x: Tensor,
+    w_qkv: Tensor,
+    w_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    attend: Attend = attend_causally,
 ) -> Tensor:
-    """Multi-head causal self-attention with rotary positions, by torch's SDPA.
+    """Multi-head causal self-attention with rotary positions.
 
     Args:
         x: [B, S, C], floating.
         w_qkv: [3C, C], rows ordered query, key, value.
         w_out: [C, C].
-        cos, sin: [S, D/2].
+        cos, sin: [S, D/2], or [B, 1, S, D/2] where rows are at positions of their own.
         heads: H, divides C.
+        attend: what mixes query, key and value; a cache brings its own.
     Returns: [B, S, C].
     Raises:
         ValueError: on a wrong rank or size.
@@ -34,7 +55,7 @@ def causal_attention(
     qkv = linear(x, w_qkv).unflatten(-1, (3, heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mixed = attend(query, key, value)
     return linear(mixed.transpose(1, 2).flatten(-2), w_out)
 
 
@@ -72,9 +93,11 @@ class CausalAttention(nn.Module):
         self.w_qkv = nn.Parameter(torch.empty(3 * dim, dim, device=device, dtype=dtype))
         self.w_out = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend_causally
+    ) -> Tensor:
         """x [B, S, C], tables [S, D/2] -> [B, S, C]."""
-        return causal_attention(x, self.w_qkv, self.w_out, cos, sin, self.heads)
+        return causal_attention(x, self.w_qkv, self.w_out, cos, sin, self.heads, attend)
 
 
 class SwiGLU(nn.Module):

@@ -10,6 +10,7 @@ Legend: B batch, S positions, C hidden size of one stream (`dim`), n streams, V 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from hc_compile.config import HCConfig
 from hc_compile.layers import RMSNorm, linear, rope_tables
-from hc_compile.models.layers import CausalAttention, SwiGLU
+from hc_compile.models.cache import KVCache
+from hc_compile.models.layers import Attend, CausalAttention, SwiGLU, attend_causally
 from hc_compile.module import HyperConnection, StreamExpand, StreamReduce
 
 
@@ -94,10 +96,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(cfg.dim, device=device, dtype=dtype)
         self.mlp = SwiGLU(cfg.dim, cfg.ffn_dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, S, n, C], tables [S, D/2] -> x' [B, S, n, C]."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend_causally
+    ) -> Tensor:
+        """x [B, S, n, C] (or a StreamState) -> x' like x; tables as for `causal_attention`."""
         u, add_residual = self.hc_attn(x)
-        x = add_residual(self.attn(self.attn_norm(u), cos, sin))
+        x = add_residual(self.attn(self.attn_norm(u), cos, sin, attend))
         u, add_residual = self.hc_mlp(x)
         return add_residual(self.mlp(self.mlp_norm(u)))
 
@@ -163,16 +167,36 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.w_gate_up, std=std)
             nn.init.normal_(block.mlp.w_out, std=out_std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             tokens: [B, S] int64 (or int32) in [0, V), S ≤ max_seq_len.
+            cache: from `new_cache`; the tokens follow those it holds and are added to it. A
+                prompt may come at once or in pieces, then one token a call.
         Returns: logits [B, S, V] in the streams' dtype.
         Raises:
             TypeError: when tokens are not integers.
             ValueError: on a wrong rank or too long a sequence.
         """
+        self._check(tokens, cache)
+        length = tokens.shape[1]
+        h = self.embed(tokens)
+        x = self.expand(h.to(self.cfg.stream_dtype or h.dtype))
+        if cache is None:
+            cos, sin = self.cos[:length], self.sin[:length]
+            for block in self.blocks:
+                x = block(x, cos, sin)
+        else:
+            positions, attend = cache.positions(length), cache.attention(length)
+            cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+            for layer, block in enumerate(self.blocks):
+                x = block(x, cos, sin, partial(attend, layer))
+            cache.advance(length)
+        h = self.norm(self.reduce(x))
+        return linear(h, self.embed.weight if self.head is None else self.head)
+
+    def _check(self, tokens: Tensor, cache: KVCache | None) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32, got {tokens.dtype}")
         if tokens.dim() != 2:
@@ -182,14 +206,18 @@ class Transformer(nn.Module):
                 f"tokens must have S <= max_seq_len = {self.cfg.max_seq_len}, "
                 f"got S = {tokens.shape[1]}"
             )
-        h = self.embed(tokens)
-        h = h.to(self.cfg.stream_dtype or h.dtype)
-        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
-        x = self.expand(h)
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        h = self.norm(self.reduce(x))
-        return linear(h, self.embed.weight if self.head is None else self.head)
+        if cache is not None and tokens.shape[0] != cache.length.shape[0]:
+            rows = cache.length.shape[0]
+            raise ValueError(f"tokens must be [{rows}, S], as the cache, got {list(tokens.shape)}")
+
+    def new_cache(self, batch: int, max_seq_len: int | None = None) -> KVCache:
+        """An empty cache for `batch` rows of up to max_seq_len tokens (None: the model's)."""
+        c, weight = self.cfg, self.embed.weight
+        longest = c.max_seq_len if max_seq_len is None else max_seq_len
+        if not 1 <= longest <= c.max_seq_len:
+            raise ValueError(f"max_seq_len must be in [1, {c.max_seq_len}], got {longest}")
+        kind = {"device": weight.device, "dtype": c.stream_dtype or weight.dtype}
+        return KVCache(c.layers, batch, c.heads, longest, c.dim // c.heads, **kind)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats, computed in fp32 or wider.

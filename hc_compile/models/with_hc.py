@@ -107,7 +107,7 @@ class TransformerWithHC(nn.Module, GradientCheckpointMixin):
         Returns: [B, S, V].
         Raises: ValueError naming the argument.
         """
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.limit or 0
         positions = self._positions(input_ids, position_ids, start)
         padding = None
         if attention_mask is not None:
@@ -119,6 +119,8 @@ class TransformerWithHC(nn.Module, GradientCheckpointMixin):
             padding = attention_mask == 0
         h = self.token_embedding(input_ids) + self.position_embedding(positions)
         x = expand_streams(self.dropout(h), self.hc)
+        if cache is not None:
+            cache.limit = start + input_ids.shape[1]
         for layer in self.layers:
             options = {"is_causal": True, "cache": cache}
             if self._gradient_checkpointing and self.training:

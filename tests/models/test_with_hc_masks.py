@@ -103,3 +103,17 @@ def test_generation_with_and_without_cache_agree():
         cached = model.generate(ids(length=3), 7, **options)
         assert cached.shape == (2, 10)
         assert cached.equal(generate(model, ids(length=3), 7, max_seq_len=12, **options))
+
+
+def test_a_cache_that_was_reset_starts_anew():
+    model, inputs = make(moved=True, dtype=torch.float64), ids()
+    cache = model.new_cache(2)
+    model(ids(seed=3), cache=cache)
+    cache.reset(0)
+    model(inputs[:, :4], cache=cache)
+    model(ids(length=3, seed=4), cache=cache)
+    cache.reset(4)
+    rest = model(inputs[:, 4:], cache=cache)
+    torch.testing.assert_close(rest, model(inputs)[:, 4:], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="length must be a number where all rows go in step"):
+        cache.reset(torch.tensor([1, 2]))
