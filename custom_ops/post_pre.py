@@ -4,7 +4,7 @@ x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if as
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
 of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
 is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u
-needs no second look at x': one pass, 2n + 2 forward.
+needs no second look at x': one pass, 2n + 2 forward; 5n + 3 backward.
 """
 
 import torch

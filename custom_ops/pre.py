@@ -4,7 +4,8 @@ Returns u, pre, post, res, and what its backward needs: p, ss and, if asked, the
 Moves: n + (n + V) C-units forward; backward n + V for <du, x>, then x, du, [g] and ∂x.
 
 Delayed pre (DeepSeek-V4.1): with `carried`, the pre of the sublayer before, u = Σ_i carried_i x_i
-and the own pre is for the next. Nothing of a sublayer then waits for its own ⟨du, x⟩.
+and the own pre is for the next. ∂x then waits for no ⟨du, x⟩, which the same pass makes: n + V
+C-units less.
 """
 
 import torch
@@ -97,20 +98,20 @@ def backward(
     c = parse(spec)
     dweight, dshift = x.new_empty(0), x.new_empty(0)
     weights = pre if carried is None else carried
+    read = None
     if c.read_norm != "none":
         assert weight is not None
         du, read, dweight, dshift = read_norm.backward(du, x, weights, weight, shift, c)
     du_all = du.unsqueeze(-2) if c.views == 1 else du
     pre_all = agg.per_token(weights, x.shape[:-2], len(con.token_shapes(c)[0]))
     pre_all = pre_all.unsqueeze(-2) if c.views == 1 else pre_all
-    if c.read_norm == "none":
-        read = _dots(du_all, x)
-        read = read.squeeze(-2) if c.views == 1 else read
-    read = agg.over_tokens(read, weights).to(weights.dtype)
-    dcarried = x.new_empty(0)
-    if carried is not None:
-        dcarried, read = read, torch.zeros_like(pre)
-    dpre = read if dpre is None else read + dpre
+    if carried is None:
+        if read is None:
+            read = _dots(du_all, x)
+            read = read.squeeze(-2) if c.views == 1 else read
+        read = agg.over_tokens(read, weights).to(weights.dtype)
+        dpre = read if dpre is None else read + dpre
+    dpre = torch.zeros_like(pre) if dpre is None else dpre
     dpost = torch.zeros_like(post) if dpost is None else dpost
     dres = torch.zeros_like(res) if dres is None else dres
     if con.is_static(c):
@@ -125,8 +126,12 @@ def backward(
         g, extra = extra, None
         res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
     res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
-    dx, dphi = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, c)
+    late = carried is not None and read is None  # ⟨du, x⟩, which then nothing waits for
+    dx, dphi, dots = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, late, c)
     dx = dx if extra is None else dx + extra
+    dcarried = x.new_empty(0)
+    if carried is not None:
+        dcarried = agg.over_tokens(dots if late else read, carried)
     return dx, dphi, dalpha, dbias, dweight, dshift, dcarried
 
 
@@ -141,12 +146,14 @@ def _dots(du: Tensor, x: Tensor) -> Tensor:
     return agg.dots(du.to(dtype), x.to(dtype))
 
 
-def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, Tensor]:
-    """The whole of ∂x, written once, and ∂φ."""
+def _form_dx(
+    x, du, pre, phi, dp, dss, g, res, with_dots: bool, c: Constraint
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The whole of ∂x, written once, ∂φ and, if asked, ⟨du, x_i⟩."""
     if use_triton(x) and c.projection == "flat":
         from custom_ops.kernels import pre_backward as kernels
 
-        dx, dphi = kernels.pre_dx(
+        dx, dphi, dots = kernels.pre_dx(
             flat(x, 2),
             flat(du, 2),
             flat(pre, 2).float(),
@@ -156,17 +163,20 @@ def _form_dx(x, du, pre, phi, dp, dss, g, res, c: Constraint) -> tuple[Tensor, T
             None if g is None else flat(g, 2),
             None if res is None else flat(res, 2).float(),
             c.precision,
+            with_dots,
         )
-        return dx.reshape(x.shape), dphi.to(phi.dtype)
+        dots = None if dots is None else dots.reshape(x.shape[:-1])
+        return dx.reshape(x.shape), dphi.to(phi.dtype), dots
     dtype = compute_dtype(x, pre)
     dx = agg.into_streams(du.to(dtype), pre.to(dtype))
     if g is not None:
         dx = dx + mix(res.mT.to(dtype), g.to(dtype))
+    dots = _dots(du, x).squeeze(-2) if with_dots else None
     if dp is None:
-        return dx.to(x.dtype), x.new_empty(0)
+        return dx.to(x.dtype), x.new_empty(0), dots
     through = proj.backward if use_triton(x) else proj.gradients
     rest, dphi = through(dp, dss, x, phi, c.projection == "stream")
-    return (dx + rest).to(x.dtype), dphi.to(phi.dtype)
+    return (dx + rest).to(x.dtype), dphi.to(phi.dtype), dots
 
 
 def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None, carried=None):

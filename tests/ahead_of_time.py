@@ -123,6 +123,8 @@ def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficien
     post.post_backward(g, x, y, mix, res, True)
     project.project(x, phi)
     pre_backward.pre_dx(x, du, pre, phi, dp, dss, g, res)
+    if views == 1:
+        pre_backward.pre_dx(x, du, pre, phi, dp, dss, g, res, with_dots=True)
     pre_backward.pre_dx(x, du, pre, phi, dp, dss)
     pre_backward.project_backward(dp, dss, x, phi)
 

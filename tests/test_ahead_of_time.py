@@ -21,15 +21,16 @@ RUNS = {
 # loop over tokens; tiles without spills took 1.25 times as long on an H100. Others: not measured.
 ALLOWED: dict[tuple[int, str, str], int] = {
     (80, "hc_pre_dx", "bf16"): 16,
-    (90, "hc_pre_dx", "bf16"): 32,
+    (90, "hc_pre_dx", "bf16"): 56,
+    (90, "hc_pre_dx", "fp32"): 8,
     (90, "hc_pre_dx", "odd width"): 248,
     (90, "hc_pre_dx_wide", "n=16"): 336,
-    (90, "hc_post_project", "n=4"): 8,
+    (90, "hc_post_project", "n=4"): 24,
     (90, "hc_project", "n=16"): 8,
     (90, "hc_aggregate_norm_backward", "n=4 wide"): 232,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
-    (100, "hc_pre_dx", "bf16"): 8,
+    (100, "hc_pre_dx", "bf16"): 24,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }

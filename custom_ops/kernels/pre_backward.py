@@ -90,15 +90,18 @@ def pre_dx(
     g: torch.Tensor | None = None,
     res: torch.Tensor | None = None,
     precision: str = "bf16x2",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    with_dots: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dx_j = Σ_i res_ij g_i + Σ_v pre_vj du_v + (φᵀdp)_j + 2·dss·x_j and dφ = Σ_t dp_t ⊗ x_t.
+
+    with_dots, of a single view, asks for ⟨du, x_j⟩ as well, which then costs no pass of its own.
 
     Args: x [T, n, C], du [T, V, C] or None, g [T, n, C] or None, float; pre [T, V, n],
     phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous. At bf16 x, dp enters
     dφ as 2 bf16 parts (relative error 2.5e-6 over 65,536 tokens, where an fp32 product has 5.3e-7)
     or, if precision is "ieee" and dφ does not take its own pass, as 3 (1.7e-7); φᵀdp takes both
     factors as tf32.
-    Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
+    Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32, ⟨du, x⟩ [T, n] fp32 or None.
     Moves: 3n + 1; 4n + 1 where the sums of dφ do not fit the registers (n > 4, V > 1, M > 32).
     """
     streams = x.shape[1]
@@ -111,8 +114,10 @@ def pre_dx(
     dx = torch.empty_like(x)
     if streams > 4 or views > 1 or phi.shape[0] > 32:
         wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g)
-        return dx, wide_dphi(x, dp, phi)
-    return dx, fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g, precision)
+        dots = aggregate_dots(du, x).squeeze(1) if with_dots else None
+        return dx, wide_dphi(x, dp, phi), dots
+    options = (views, has_g, precision, with_dots)
+    return dx, *fused_dx(x, du, pre, phi, dp, dss, g, res, dx, *options)
 
 
 def project_backward(
@@ -128,4 +133,4 @@ def project_backward(
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32.
     Moves: 2n (3n where `pre_dx` moves 4n + 1).
     """
-    return pre_dx(x, None, None, phi, dp, dss, precision=precision)
+    return pre_dx(x, None, None, phi, dp, dss, precision=precision)[:2]

@@ -15,6 +15,7 @@ import triton.language as tl
 from custom_ops.kernels.launch import INTERPRETED, before_hopper, launch
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
+from custom_ops.kernels.project import sum_slots
 
 PROGRAMS = 5 if INTERPRETED else 132  # at most: the streaming multiprocessors of an H100
 
@@ -86,6 +87,7 @@ def hc_pre_dx(
     dp_ptr,
     dx_ptr,
     part_ptr,
+    dots_ptr,
     tokens,
     width,
     programs,
@@ -100,7 +102,10 @@ def hc_pre_dx(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx on an equal share of the work, and the sums of dφ over it, one slot a slice."""
+    """dx on an equal share of the work, and the sums of dφ over it, one slot a slice.
+
+    With dots_ptr (of a single view) also every slice's share of ⟨du, x_j⟩.
+    """
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
     index = hc_long(tl.program_id(0))
@@ -140,17 +145,27 @@ def hc_pre_dx(
             dss = tl.load(mix_tile + (COUNT - 1) * BLOCK_T + t_offs)
             dx = ()
             sums = ()
+            if dots_ptr is not None:
+                only_ptrs = du_ptr + token * width + t_offs[:, None] * width + c_offs[None, :]
+                only_du = tl.load(only_ptrs, mask=mask, other=0.0).to(tl.float32)
+                dots_ptrs = dots_ptr + (hc_long(piece) * tokens + token + t_offs) * N
             for j in tl.static_range(N):
                 x_ptrs = x_ptr + token * depth + j * width + rows
                 x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
                 sums = sums + (hc_dphi_parts(dphi[j], x_tile, dp, PARTS, DOT),)
                 part = tl.dot(dp_short, tl.trans(phi[j]), input_precision=DOT)
                 dx = dx + (part + dss[:, None] * x_tile.to(tl.float32),)
+                if dots_ptr is not None:
+                    dot = tl.sum(only_du * x_tile.to(tl.float32), axis=1)
+                    tl.store(dots_ptrs + j, dot, mask=t_mask)
             dphi = sums
             for v in tl.static_range(V):
-                du_offs = t_offs[:, None] * (V * width) + v * width + c_offs[None, :]
-                du_ptrs = du_ptr + token * (V * width) + du_offs
-                du_tile = tl.load(du_ptrs, mask=mask, other=0.0).to(tl.float32)
+                if dots_ptr is None:
+                    du_offs = t_offs[:, None] * (V * width) + v * width + c_offs[None, :]
+                    du_ptrs = du_ptr + token * (V * width) + du_offs
+                    du_tile = tl.load(du_ptrs, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    du_tile = only_du
                 dx = hc_add_mixed(dx, du_tile, mix_tile + (SQUARE + v * N) * BLOCK_T, N, BLOCK_T)
             if HAS_G:
                 for i in tl.static_range(N):
@@ -201,8 +216,10 @@ def hc_pre_dx_sum(
     tl.store(dphi_ptr + offs, tl.trans(total), mask=mask)
 
 
-def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, precision: str):
-    """dx, written, and dφ, returned; the arguments are those of `pre_dx`."""
+def fused_dx(
+    x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, precision: str, with_dots: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dx, written; dφ and ⟨du, x⟩ [T, n] if asked, returned; the arguments are `pre_dx`'s."""
     tokens, streams, width = x.shape
     coefficients = phi.shape[0]
     tile = fused_tile(x, coefficients, precision)
@@ -212,10 +229,11 @@ def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, prec
     programs = PROGRAMS // slices * slices if slices <= PROGRAMS else PROGRAMS
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
     sums = phi.new_empty((programs // slices + 2) * slices * streams * block)
+    dots = dp.new_empty(slices, tokens, streams) if with_dots else None
     launch(
         hc_pre_dx,
         (programs,),
-        *(x, du, g, phi, mix, dp, dx, sums, tokens, width, programs),
+        *(x, du, g, phi, mix, dp, dx, sums, dots, tokens, width, programs),
         N=streams,
         V=views,
         M=coefficients,
@@ -234,7 +252,7 @@ def fused_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, prec
         BLOCK_C=tile["BLOCK_C"],
         num_warps=4,
     )
-    return dphi
+    return dphi, None if dots is None else sum_slots(dots)
 
 
 def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:

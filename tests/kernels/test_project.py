@@ -61,10 +61,15 @@ def test_project_refuses_an_unknown_precision():
 )
 def test_pre_dx(shape, dtype, views):
     case = Sublayer(*shape, dtype, views=views)
-    dx, dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
-    check_sublayer(
-        case, {"dx": dx, "dphi": dphi}, slack=SPLIT if dtype == torch.bfloat16 else 4e-6
-    )
+    given = (case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+    slack = SPLIT if dtype == torch.bfloat16 else 4e-6
+    dx, dphi, none = pre_dx(*given)
+    assert none is None
+    check_sublayer(case, {"dx": dx, "dphi": dphi}, slack=slack)
+    if views == 1:
+        dx, dphi, dots = pre_dx(*given, with_dots=True)
+        made = {"dx": dx, "dphi": dphi, "dpre": dots.unsqueeze(1)}
+        check_sublayer(case, made, slack=slack)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -91,7 +96,8 @@ def test_bitwise_repeatable(tokens, streams, width):
     case = Sublayer(tokens, streams, width, torch.bfloat16)
 
     def outputs():
-        dx_dphi = pre_dx(case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+        given = (case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+        dx_dphi = pre_dx(*given, with_dots=True)
         return (*project(case.x, case.phi), *dx_dphi)
 
     first = outputs()
