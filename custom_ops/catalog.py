@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from custom_ops import reference
-from custom_ops.constraint import Constraint
+from custom_ops.constraint import Constraint, takes_streams
 from custom_ops.variants import CONSTRAINTS, DELAYED, SCHEDULES, SINKHORN_OPTIONS
 
 Tensors = tuple[Tensor, ...]
@@ -35,7 +35,11 @@ class Row:
     streams: tuple[int, ...]
     units: Callable[[int], tuple[float, float]] | None
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
-    max_streams: dict[str, int] = field(default_factory=lambda: {"permutation": 5})
+
+    def takes(self, variant: str, most: int) -> int:
+        """The largest number of streams up to `most` that a variant is defined for."""
+        kind = CONSTRAINTS.get(variant, {}).get("manifold", "")
+        return next(n for n in range(most, 0, -1) if takes_streams(kind, n))
 
 
 def _draw(generator: torch.Generator, *shape: int) -> Tensor:
@@ -135,8 +139,8 @@ def _call_post_pre(variant, x, y, post, res, *parameters):
 def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:
     c = CONSTRAINTS[variant]
     for n in range(1, 17):
-        if c.get("manifold") == "permutation" and n > 5:
-            break
+        if not takes_streams(c.get("manifold", ""), n):
+            continue
         if Constraint(n, **c).total == bias.shape[0]:
             return n
     raise ValueError(f"bias must be [M] for some n <= 16, got {list(bias.shape)}")

@@ -49,11 +49,48 @@ def permutations(n: int, like: Tensor) -> Tensor:
     return table.flatten(1).to(like)
 
 
+def patterns(n: int, like: Tensor) -> Tensor:
+    """i xor j, [n, n] int64: the entry of a Kronecker product of swaps depends on it alone."""
+    index = torch.arange(n, device=like.device)
+    return index[:, None] ^ index[None, :]
+
+
+def pattern_weights(gates: list[Tensor], left_out: int = -1) -> Tensor:
+    """Π_k (a_k or 1 - a_k) for every pattern of bits, [..., 2^K]; a factor left out counts 1."""
+    weights = gates[0].new_ones(*gates[0].shape[:-1], 1)
+    for k, gate in enumerate(gates):
+        pair = torch.ones_like(gate) if k == left_out else gate
+        weights = (weights.unsqueeze(-1) * pair.unsqueeze(-2)).flatten(-2)
+    return weights
+
+
+def pairs_of(z: Tensor) -> list[Tensor]:
+    """(a, 1 - a) [..., 2] of every factor."""
+    return [torch.sigmoid(torch.stack([part, -part], -1)) for part in z.unbind(-1)]
+
+
+def kronecker(z: Tensor, n: int) -> Tensor:
+    return pattern_weights(pairs_of(z))[..., patterns(n, z)]
+
+
+def kronecker_backward(grad: Tensor, z: Tensor, n: int) -> Tensor:
+    gates, table = pairs_of(z), patterns(n, z)
+    rows = torch.arange(n, device=z.device)
+    totals = grad[..., rows, table].sum(-1)  # [p] is Σ_i grad[i, i xor p], the table symmetric
+    parts = []
+    for k, gate in enumerate(gates):
+        share = (totals * pattern_weights(gates, k)).unflatten(-1, (2**k, 2, -1)).sum((-3, -1))
+        parts.append((share[..., 0] - share[..., 1]) * gate.prod(-1))
+    return torch.stack(parts, -1)
+
+
 def manifold(z: Tensor, c: Constraint) -> Tensor:
     n = c.streams
-    if c.manifold in ("identity", "none"):
+    if not c.sizes[2]:
         return torch.eye(n, dtype=z.dtype, device=z.device).expand(*z.shape[:-1], n, n)
     z = z / c.temperature
+    if c.manifold == "kronecker":
+        return kronecker(z, n)
     if c.manifold == "permutation":
         res = (torch.softmax(z, -1).unsqueeze(-1) * permutations(n, z)).sum(-2)
         res = res.unflatten(-1, (n, n))
@@ -68,10 +105,12 @@ def manifold(z: Tensor, c: Constraint) -> Tensor:
 
 def manifold_backward(grad: Tensor, z: Tensor, c: Constraint) -> Tensor:
     n = c.streams
-    if c.manifold in ("identity", "none"):
+    if not c.sizes[2]:
         return z
     grad = (grad.mT if c.transpose else grad).contiguous()
     z = z / c.temperature
+    if c.manifold == "kronecker":
+        return kronecker_backward(grad, z, n) / c.temperature
     if c.manifold == "permutation":
         soft = torch.softmax(z, -1)
         weights = (permutations(n, z) * grad.flatten(-2).unsqueeze(-2)).sum(-1)

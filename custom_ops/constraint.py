@@ -16,7 +16,15 @@ CHOICES = {
     "squash": ("none", "tanh"),
     "pre": ("sigmoid", "sigmoid-sum", "softmax", "linear", "none"),
     "post": ("sigmoid", "softmax", "linear", "none"),
-    "manifold": ("sinkhorn", "newton-schulz", "permutation", "identity", "linear", "none"),
+    "manifold": (
+        "sinkhorn",
+        "newton-schulz",
+        "permutation",
+        "kronecker",
+        "identity",
+        "linear",
+        "none",
+    ),
     "start": ("exp", "exp-rowmax", "exp-globalmax", "softmax", "abs", "log"),
     "first": ("row", "column"),
     "denominator": ("add", "max"),
@@ -51,7 +59,8 @@ class Constraint:
     res = manifold(z_res / temperature), transposed if `transpose`, always applied [out, in].
 
     Order of the M coefficients in z and b: [pre V·n | post W·n | res]; res holds n² logits
-    row-major, n! for "permutation", none for "identity" and "none". With projection "stream" the
+    row-major, n! for "permutation", one for each of the log2(n) factors of "kronecker" (the 2 × 2
+    matrices [[a, 1-a], [1-a, a]], a = σ), none for "identity" and "none". With "stream" the
     projected row of stream j is [pre_j (V) | post_j (W) | res_j: (n)].
 
     precision is that of φ in the forward product of the kernels: at least 16 mantissa bits by
@@ -103,8 +112,13 @@ class Constraint:
             )
         if self.start == "softmax" and self.first != "row":
             raise ValueError(f"first must be 'row' when start is 'softmax', got {self.first!r}")
-        if self.projection == "stream" and self.manifold == "permutation":
-            raise ValueError("manifold must not be 'permutation' with projection 'stream'")
+        if not takes_streams(self.manifold, self.streams):
+            raise ValueError(
+                f"streams must be a power of two for the {self.manifold} manifold, "
+                f"got {self.streams}"
+            )
+        if self.projection == "stream" and self.manifold in ("permutation", "kronecker"):
+            raise ValueError(f"manifold must not be {self.manifold!r} with projection 'stream'")
         if self.read_norm != "none" and self.views > 1:
             raise ValueError(f"views must be 1 with a read_norm, got {self.views}")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -119,6 +133,7 @@ class Constraint:
         n = self.streams
         res = {
             "permutation": math.factorial(n) if self.manifold == "permutation" else 0,
+            "kronecker": n.bit_length() - 1,
             "identity": 0,
             "none": 0,
         }.get(self.manifold, n * n)
@@ -141,6 +156,13 @@ class Constraint:
     def norm_width(self, dim: int) -> int:
         """Number of elements under the RMS norm: n·C flat, C per stream."""
         return dim if self.projection == "stream" else self.streams * dim
+
+
+def takes_streams(manifold: str, streams: int) -> bool:
+    """Whether a manifold is defined for so many streams."""
+    if manifold == "permutation":
+        return streams <= MAX_PERMUTATION_STREAMS
+    return manifold != "kronecker" or streams & (streams - 1) == 0
 
 
 def check_count(name: str, value: int, least: int) -> None:

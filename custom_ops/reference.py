@@ -81,6 +81,17 @@ def permutation_mix(logits: Tensor, n: int) -> Tensor:
     return (weights[..., None, None] * table).sum(-3)
 
 
+def kronecker(logits: Tensor) -> Tensor:
+    """U_1 ⊗ U_2 ⊗ … of U = [[a, 1-a], [1-a, a]], a = σ(logit) (KromHC): [..., 2^K, 2^K]."""
+    res = logits.new_ones(*logits.shape[:-1], 1, 1)
+    for z in logits.unbind(-1):
+        keep, swap = torch.sigmoid(z), torch.sigmoid(-z)
+        factor = torch.stack([torch.stack([keep, swap], -1), torch.stack([swap, keep], -1)], -2)
+        blocks = res[..., :, None, :, None] * factor[..., None, :, None, :]
+        res = blocks.flatten(-4, -3).flatten(-2)
+    return res
+
+
 def manifold(z_res: Tensor, c: Constraint) -> Tensor:
     """res [..., n, n] in our orientation from its logits."""
     n = c.streams
@@ -90,6 +101,8 @@ def manifold(z_res: Tensor, c: Constraint) -> Tensor:
         return eye.expand(*z_res.shape[:-1], n, n)
     if c.manifold == "permutation":
         res = permutation_mix(z_res, n)
+    elif c.manifold == "kronecker":
+        res = kronecker(z_res)
     else:
         res = z_res.unflatten(-1, (n, n))
         if c.manifold == "sinkhorn":

@@ -17,6 +17,7 @@ CONSTRAINTS: dict[str, dict] = {
     "sinkhorn-rowmax": {"start": "exp-rowmax", "iterations": 3, "temperature": 0.5},
     "newton-schulz": {"manifold": "newton-schulz"},
     "permutation": {"manifold": "permutation"},
+    "kronecker": {"manifold": "kronecker", "temperature": 0.5},
     "identity": {"manifold": "identity", "norm_form": "outside", "post_eps": 1e-6},
     "tanh": {
         "projection": "stream",

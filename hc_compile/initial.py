@@ -42,6 +42,12 @@ def _lite(k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return _uneven_logits(k, n), torch.zeros(n, dtype=torch.float64), res
 
 
+def _kron(k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    factors = Constraint(n, manifold="kronecker").sizes[2]
+    res = torch.full((factors,), -OFF_LOGIT, dtype=torch.float64)
+    return _uneven_logits(k, n), torch.zeros(n, dtype=torch.float64), res
+
+
 def _ortho(k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(k)
     noise = torch.randn(n, n, generator=generator, dtype=torch.float64)
@@ -60,7 +66,14 @@ def _ihc(k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.logit(even), torch.zeros(n, dtype=torch.float64), empty
 
 
-RULES = {"mhc": _mhc, "mhc-lite": _lite, "mhc-ortho": _ortho, "hc": _hc, "ihc": _ihc}
+RULES = {
+    "mhc": _mhc,
+    "mhc-lite": _lite,
+    "mhc-kron": _kron,
+    "mhc-ortho": _ortho,
+    "hc": _hc,
+    "ihc": _ihc,
+}
 
 
 def initial_bias(

@@ -122,6 +122,12 @@ _ROWS = (
         max_streams=5,
     ),
     Preset(
+        "mhc-kron",
+        "KromHC, arXiv 2601.21579: Kronecker product of log2(n) doubly stochastic 2 × 2 matrices",
+        {"manifold": "kronecker"},
+        bias_init="mhc-kron",
+    ),
+    Preset(
         "mhc-ortho",
         "orthostochastic: res = O∘O, O the Newton–Schulz polar factor",
         {"manifold": "newton-schulz"},

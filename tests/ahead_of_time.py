@@ -197,6 +197,8 @@ GROUPS = {
                       denominator="add", splits=1),
         "ortho n=4": partial(coefficients, streams=4, splits=1, **ORTHO),
         "lite n=4": partial(coefficients, streams=4, manifold="permutation", splits=1),
+        "kron n=4": partial(coefficients, streams=4, manifold="kronecker", splits=1),
+        "kron n=16": partial(coefficients, streams=16, manifold="kronecker", splits=1),
         "dhc n=4": partial(coefficients, streams=4, projection="stream", manifold="linear",
                            squash="tanh", pre="linear", post="linear", views=2, splits=1),
         "tanh n=4": partial(coefficients, streams=4, projection="stream", manifold="linear",

@@ -37,7 +37,7 @@ def _run(name, variant, shape, dtype, seed=0):
 
 def _limit(row, variant, shape):
     tokens, n, width = shape
-    return tokens, min(n, row.max_streams.get(variant, n)), width
+    return tokens, row.takes(variant, n), width
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -110,8 +110,8 @@ def test_extreme_logits_stay_finite(scale):
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_non_contiguous_inputs_and_cotangents(name, variant):
     row = CATALOG[name]
-    n = row.max_streams.get(variant, 3)
-    inputs = make_inputs(row, variant, 4, min(n, 3), 6, torch.float64)
+    n = row.takes(variant, 3)
+    inputs = make_inputs(row, variant, 4, n, 6, torch.float64)
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in inputs]
     cots = cotangents(row.call(variant, *inputs))
     strided_cots = [c.transpose(0, -1).contiguous().transpose(0, -1) for c in cots]
@@ -124,7 +124,7 @@ def test_non_contiguous_inputs_and_cotangents(name, variant):
 @pytest.mark.parametrize(("name", "variant"), [c for c in CASES if c[0] != "post_pre"])
 def test_leading_dimensions_and_no_tokens(name, variant):
     row = CATALOG[name]
-    n = min(3, row.max_streams.get(variant, 3))
+    n = row.takes(variant, 3)
     inputs = make_inputs(row, variant, 6, n, 5, torch.float64)
     flat = row.call(variant, *inputs)
     per_token = _token_inputs(name, variant, inputs)
@@ -153,7 +153,7 @@ def _token_inputs(name, variant, inputs):
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_opcheck(name, variant):
     row = CATALOG[name]
-    n = min(3, row.max_streams.get(variant, 3))
+    n = row.takes(variant, 3)
     inputs = make_inputs(row, variant, 4, n, 5)
     leaves = [t.requires_grad_() for t in inputs]
     calls = _recorded_calls(lambda: row.call(variant, *leaves))

@@ -20,7 +20,7 @@ FULL_PRECISION = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e
 
 
 def _inputs(name, variant, tokens, n, width, dtype):
-    n = min(n, CATALOG[name].max_streams.get(variant, n))
+    n = CATALOG[name].takes(variant, n)
     return make_inputs(CATALOG[name], variant, tokens, n, width, dtype, "cuda")
 
 

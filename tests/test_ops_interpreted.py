@@ -18,7 +18,7 @@ SHAPES = [(3, 4, 33), (5, 3, 7)]
 def test_kernels_match_float64(name, variant, shape):
     row = CATALOG[name]
     tokens, n, width = shape
-    inputs = make_inputs(row, variant, tokens, n, width, torch.float32)
+    inputs = make_inputs(row, variant, tokens, row.takes(variant, n), width, torch.float32)
     assert use_triton(inputs[0])
     wide = [t.double() for t in inputs]
     cots = cotangents(row.reference(variant, *wide))
@@ -32,7 +32,7 @@ def test_kernels_match_float64(name, variant, shape):
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_kernels_take_no_tokens(name, variant):
     row = CATALOG[name]
-    inputs = [t.requires_grad_() for t in make_inputs(row, variant, 0, 3, 7)]
+    inputs = [t.requires_grad_() for t in make_inputs(row, variant, 0, row.takes(variant, 3), 7)]
     _, grads = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs)
     assert all(g.shape == t.shape for g, t in zip(grads, inputs, strict=True))
     assert variant == "static" or all((g == 0).all() for g in grads)

@@ -143,7 +143,13 @@ def test_mhc_coefficients(preset):
 
 @pytest.mark.parametrize(
     ("preset", "columns"),
-    [("mhc", 1e-2), ("mhc-log", 1e-2), ("mhc-lite", 1e-9), ("mhc-ortho", 1e-9)],
+    [
+        ("mhc", 1e-2),
+        ("mhc-log", 1e-2),
+        ("mhc-lite", 1e-9),
+        ("mhc-kron", 1e-9),
+        ("mhc-ortho", 1e-9),
+    ],
 )
 def test_mhc_manifold_and_its_closure(preset, columns):
     """Eq. 6: doubly stochastic, so the spectral norm is 1 and products stay on the manifold.

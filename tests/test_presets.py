@@ -5,10 +5,17 @@ import torch
 from torch import nn
 
 import hc_compile as hc
+from custom_ops.constraint import takes_streams
 
 DIM = 16
 PRESETS = [name for name in hc.PRESETS if name != "residual"]
 TWINS = [name for name in PRESETS if hc.PRESETS[name].equals_residual]
+
+
+def takes(name, n):
+    """Whether a preset is defined for n streams."""
+    manifold = hc.PRESETS[name].constraint.get("manifold", "")
+    return n <= (hc.PRESETS[name].max_streams or n) and takes_streams(manifold, n)
 
 
 class Net(nn.Module):
@@ -55,8 +62,8 @@ def draw(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("name", TWINS)
 def test_equals_its_residual_twin_at_initialisation(name, n):
-    if name == "mhc-lite" and n > 5:
-        with pytest.raises(ValueError, match="streams must be <= 5"):
+    if (name, n) in (("mhc-lite", 8), ("mhc-kron", 3), ("mhc-kron", 5)):
+        with pytest.raises(ValueError, match=r"streams must be (<= 5|a power of two)"):
             hc.HCConfig(DIM, n, name)
         return
     twin = Net(hc.HCConfig(DIM, preset="residual"), dtype=torch.float64)
@@ -107,7 +114,7 @@ def test_every_parameter_learns_within_three_steps(name, n):
 
 
 @pytest.mark.parametrize("layer", [0, -1])
-@pytest.mark.parametrize("name", ["mhc", "mhc-log", "mhc-lite", "mhc-ortho"])
+@pytest.mark.parametrize("name", ["mhc", "mhc-log", "mhc-lite", "mhc-kron", "mhc-ortho"])
 def test_res_of_the_first_and_last_sublayer_is_inert(name, layer):
     """The first mixes copies (rows sum to 1), the last is averaged (columns do): no gradient."""
     net = Net(hc.HCConfig(DIM, 4, name))

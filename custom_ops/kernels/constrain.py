@@ -1,9 +1,9 @@
 """pre, post and res of every token from its projection (mHC eq. 7 and 8), and their backward.
 
 One program takes a block of tokens and makes the three parts one after the other, each a tile
-[A, B, tokens]: pre [V, n], post [W, n], res [n, n] (or [1, n!]). Split-K partials of p and ss are
-summed in fixed order while they are loaded. dalpha and dbias go to one slot a program and a
-second kernel adds the slots in fixed order.
+[A, B, tokens]: pre [V, n], post [W, n], res [n, n] (or logits [1, n!], [1, log2 n]). Split-K
+partials of p and ss are summed in fixed order while they are loaded. dalpha and dbias go to one
+slot a program and a second kernel adds the slots in fixed order.
 
 Compile-time tuples: a part is (a, b, A, B, column, stride_a, stride_b, bias, stream_axis, ...),
 where PRE and POST go on (kind, scale, eps) and RES (manifold, temperature, stride_i, stride_j);
@@ -26,6 +26,7 @@ from custom_ops.kernels.constrain_parts import (
     hc_mix_backward,
     hc_total,
 )
+from custom_ops.kernels.kronecker import hc_kronecker_backward, hc_kronecker_store
 from custom_ops.kernels.launch import launch
 from custom_ops.kernels.permutation import hc_permutation_backward, hc_permutation_store
 from custom_ops.kernels.tile import hc_offsets, hc_tokens, hc_valid, padded
@@ -70,6 +71,8 @@ def hc_constrain_kernel(
         z = z / RES[10]
         if RES[9] == "permutation":
             hc_permutation_store(z, res_ptr, tokens, T, n, RES[11], RES[12])
+        elif RES[9] == "kronecker":
+            hc_kronecker_store(z, res_ptr, tokens, T, n, RES[1])
         else:
             places = hc_offsets(tokens, n * n, RES[11], RES[12], RES[2], RES[3], BT)
             valid = hc_valid(tokens, T, n, n, RES[2], RES[3])
@@ -143,6 +146,8 @@ def hc_constrain_backward_kernel(
         z = z / RES[10]
         if RES[9] == "permutation":
             dz = hc_permutation_backward(z, dres_ptr, tokens, T, n, RES[11], RES[12])
+        elif RES[9] == "kronecker":
+            dz = hc_kronecker_backward(z, dres_ptr, tokens, T, n, RES[1])
         else:
             grad = hc_load_part(dres_ptr, tokens, T, n, RES[11], RES[12], RES)
             dz = hc_mix_backward(grad, z, n, CHUNK, RES, RULE)
@@ -188,7 +193,7 @@ def constant_parts(p: Tensor, tokens, c: Constraint) -> tuple[Tensor, Tensor, Te
         pre.fill_(1.0)
     if c.post == "none":
         post.fill_(1.0)
-    if c.manifold in ("identity", "none"):
+    if not c.sizes[2]:
         res.copy_(torch.eye(n, dtype=res.dtype, device=res.device).expand_as(res))
     return pre, post, res
 

@@ -12,7 +12,8 @@ def parts_of(c: Constraint) -> tuple:
     rows = c.rows
     pre_shape = (pre // n, n)
     post_shape = (post // n, n)
-    res_shape = (1, res) if c.manifold == "permutation" else (res // n, n)
+    flat = c.manifold in ("permutation", "kronecker")
+    res_shape = (min(res, 1), res) if flat else (res // n, n)
     columns = (0, pre // n, (pre + post) // n) if stream else (0, pre, pre + post)
     strides = ((1, rows), (1, rows), (rows, 1)) if stream else ((n, 1), (n, 1), (n, 1))
     axes = (1, 1, 0) if stream else (-1, -1, -1)

@@ -9,11 +9,9 @@ from torch.utils.checkpoint import checkpoint
 import hc_compile as hc
 from hc_compile.passes import PASSES, PassPipeline
 from tests.passes.harness import assert_equal, op_counts, results, with_passes
-from tests.test_presets import DIM, PRESETS, Net, draw
+from tests.test_presets import DIM, PRESETS, Net, draw, takes
 
-STREAMS = [
-    (name, n) for name in PRESETS for n in range(1, 9) if n <= (hc.PRESETS[name].max_streams or n)
-]
+STREAMS = [(name, n) for name in PRESETS for n in range(1, 9) if takes(name, n)]
 
 
 def net_and_input(name, n, layers=3):
