@@ -131,7 +131,9 @@ def backward(
     dx = dx if extra is None else dx + extra
     dcarried = x.new_empty(0)
     if carried is not None:
-        dcarried = agg.over_tokens(dots if late else read, carried)
+        made = dots if late else read
+        assert made is not None
+        dcarried = agg.over_tokens(made, carried)
     return dx, dphi, dalpha, dbias, dweight, dshift, dcarried
 
 
