@@ -224,3 +224,12 @@ def test_parameters_in_bfloat16_keep_float32_arithmetic():
     high = hc.functional.coefficients(x, *(p.float() for p in rounded), cfg.constraint)
     for a, b in zip(low, high, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_coefficients_that_many_streams_take():
+    """What the README says of Kronecker products against Sinkhorn."""
+    for n, few, many in ((8, 19, 80), (16, 36, 288)):
+        assert (
+            hc.HCConfig(DIM, n, "mhc-kron").constraint.total == few == 2 * n + n.bit_length() - 1
+        )
+        assert hc.HCConfig(DIM, n, "mhc").constraint.total == many == n * n + 2 * n
