@@ -8,7 +8,8 @@ and the same where the read is the second half of an hc.post_pre, the write the 
 next one: the chain that layers given a StreamState make. Without it every write forms resᵀg, which
 the read then adds to its own ∂x: n more C-units written and n read a sublayer, backward.
 Numerics-preserving: ∂x is the same sum, rounded once. Only where gradients are recorded, where
-exactly one write has the streams and both stand in one region; other users of x are left alone.
+exactly one write has the streams, both stand in one region and nothing writes the streams in place;
+other users of x are left alone.
 """
 
 from torch.fx import Graph, Node
@@ -22,6 +23,7 @@ from hc_compile.passes.graph import (
     regions,
     square,
     take,
+    untouched,
     value,
 )
 
@@ -43,7 +45,7 @@ def link_ghosts(graph: Graph) -> bool:
 def _link(graph: Graph, read: Node, name: str, region: dict) -> bool:
     given = arguments(read, name)
     streams = given["x"] if name == "pre" else _only_item(read, 0)
-    if given["with_ghost"] or not isinstance(streams, Node):
+    if given["with_ghost"] or not isinstance(streams, Node) or not untouched(streams):
         return False
     writes = [(n, op) for n in streams.users for op in WRITES if _writes(n, op, streams)]
     if len(writes) != 1 or region[writes[0][0]] != region[read]:

@@ -80,6 +80,25 @@ def test_two_writes_of_the_same_streams_stay():
     assert not any(row[2] for row in linked(function, net, h))
 
 
+def test_streams_written_in_place_stay():
+    """Eager autograd refuses this, a compiler that makes the graph functional does not."""
+    net, h = net_and_input("mhc", 4, layers=1)
+    found = []
+
+    def function(h):
+        x = net.expand(h).clone()
+        u, add_residual = net.connections[0](hc.StreamState(x))
+        x.mul_(h.unsqueeze(-2))
+        return hc.resolve(add_residual(u))
+
+    def look(graph):
+        found.extend(arguments(n, "pre")["with_ghost"] for n in graph.nodes if is_op(n, "pre"))
+        return False
+
+    with_passes(function, [link_ghosts, look])(h)
+    assert found == [False]
+
+
 def test_without_gradients_nothing_is_linked():
     net, h = net_and_input("mhc-v4.1", 4)
     found = []
