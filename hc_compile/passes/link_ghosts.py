@@ -8,8 +8,8 @@ and the same where the read is the second half of an hc.post_pre, the write the 
 next one: the chain that layers given a StreamState make. Without it every write forms resᵀg, which
 the read then adds to its own ∂x: n more C-units written and n read a sublayer, backward.
 Numerics-preserving: ∂x is the same sum, rounded once. Only where gradients are recorded, where
-exactly one write has the streams, both stand in one region and nothing writes the streams in place;
-other users of x are left alone.
+exactly one write has the streams, both stand in one region and nothing writes the streams in
+place; other users of x are left alone.
 """
 
 from torch.fx import Graph, Node
