@@ -2,11 +2,11 @@
 
     floor = mandatory bytes / copy bandwidth       × floor = time / floor
 
-Which ops, how often and at which shapes is recorded from one training step, after the path's graph
-passes. Mandatory bytes are the catalog's C-units; where a call has no such row (coefficients alone,
-streams made of one) they are its tensors in and out, each once, which the row says. Time is that of
-the call alone, with the step's own tensors. On a GPU the trace's hc_ kernels are then shared out
-among the ops that launch them, by their time alone: `trace_ms`.
+Which ops, how often and at which shapes is recorded from one training step, after the path's
+graph passes. Mandatory bytes are the catalog's C-units; where a call has no such row (coefficients
+alone, streams made of one) they are its tensors in and out, each once, which the row says. Time is
+that of the call alone, with the step's own tensors. On a GPU the trace's hc_ kernels are then
+shared out among the ops that launch them, by their time alone: `trace_ms`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from profiles.trace import Trace, category, clean_name
 from profiles.workload import TrainingStep, Workload
 
 BACKWARD = "_backward"
+QUICK = Effort(5, 30)
 
 
 @dataclass
@@ -158,7 +159,7 @@ def kernels_alone(call: Callable[[], object]) -> dict[str, float]:
 
 
 def op_rows(
-    calls: list[OpCall], device: str, bandwidth: float, effort: Effort = Effort(5, 30)
+    calls: list[OpCall], device: str, bandwidth: float, effort: Effort = QUICK
 ) -> list[dict[str, Any]]:
     """One row per op and shape, most time in a step first; runs every op alone."""
     rows = []

@@ -88,6 +88,12 @@ class Trace:
         kernels = sorted(self.kernels.values(), key=lambda kernel: -kernel.micros)
         return {**asdict(self), "path": path, "kernels": [asdict(kernel) for kernel in kernels]}
 
+    @classmethod
+    def from_json(cls, data: dict) -> Trace:
+        """The trace that `to_json` gave."""
+        kernels = {kernel["name"]: Kernel(**kernel) for kernel in data["kernels"]}
+        return cls(**{**data, "kernels": kernels})
+
 
 def category(name: str) -> str:
     """The kernel's category by its name, "other" when nothing matches."""

@@ -89,10 +89,10 @@ class TrainingStep:
         self,
         workload: Workload,
         forward: Forward,
-        around_backward: AbstractContextManager = nullcontext(),
+        around_backward: AbstractContextManager | None = None,
     ) -> None:
         self.workload, self.forward = workload, forward
-        self.around_backward = around_backward
+        self.around_backward = around_backward or nullcontext()
         self.optimizer = workload.optimizer(workload.model) if workload.optimizer else None
         self.cotangents: list[Tensor] = []
 
