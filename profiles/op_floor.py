@@ -161,24 +161,51 @@ def kernels_alone(call: Callable[[], object]) -> dict[str, float]:
 def op_rows(
     calls: list[OpCall], device: str, bandwidth: float, effort: Effort = QUICK
 ) -> list[dict[str, Any]]:
-    """One row per op and shape, most time in a step first; runs every op alone."""
-    rows = []
+    """One row per op, shape and bytes, most time in a step first; runs every op alone."""
+    rows: dict[tuple, dict[str, Any]] = {}
     with measuring(device), torch.no_grad():
         for call in calls:
+            row = op_row(call, device, effort)
+            key = (row["op"], str(row["shape"]), row["bytes"])
+            known = rows.setdefault(key, row)
+            if known is not row:
+                merge(known, row)
+    for row in rows.values():
+        row |= against_floor(row["ms"], row["bytes"], bandwidth)
+    return sorted(rows.values(), key=lambda row: -row["ms"] * row["calls"])
 
-            def alone(call: OpCall = call) -> object:
-                return call.func(*call.args, **call.kwargs)
 
-            cost = measure(alone, device, effort)
-            units, size, source = mandatory_bytes(call)
-            shape = call.shape()
-            rows.append(
-                {"op": call.name, "calls": call.calls, "shape": list(shape) if shape else None}
-                | {"units": units, "bytes": size, "bytes_from": source, "ms": cost.best_ms}
-                | against_floor(cost.best_ms, size, bandwidth)
-                | {"kernels": kernels_alone(alone) if device.startswith("cuda") else {}}
-            )
-    return sorted(rows, key=lambda row: -row["ms"] * row["calls"])
+def op_row(call: OpCall, device: str, effort: Effort) -> dict[str, Any]:
+    """What an op moves and how long it takes alone."""
+
+    def alone() -> object:
+        return call.func(*call.args, **call.kwargs)
+
+    units, size, source = mandatory_bytes(call)
+    shape = call.shape()
+    return {
+        "op": call.name,
+        "calls": call.calls,
+        "shape": list(shape) if shape else None,
+        "units": units,
+        "bytes": size,
+        "bytes_from": source,
+        "ms": measure(alone, device, effort).best_ms,
+        "kernels": kernels_alone(alone) if device.startswith("cuda") else {},
+    }
+
+
+def merge(row: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add calls of the same shape whose other inputs differ: means weighted by calls."""
+    total = row["calls"] + other["calls"]
+    share, rest = row["calls"] / total, other["calls"] / total
+    names = {**row["kernels"], **other["kernels"]}
+    row["ms"] = share * row["ms"] + rest * other["ms"]
+    row["kernels"] = {
+        name: share * row["kernels"].get(name, 0.0) + rest * other["kernels"].get(name, 0.0)
+        for name in names
+    }
+    row["calls"] = total
 
 
 def against_floor(ms: float, size: float, bandwidth: float) -> dict[str, float]:

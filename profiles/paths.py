@@ -21,7 +21,13 @@ from profiles.dense_net import warm_compiler
 from profiles.machine import describe
 from profiles.path_run import PATHS, Outcome, available, floor_record, fresh, run_path
 from profiles.timing import copy_bandwidth
-from profiles.workload import Workload, as_workload, configurations, implementation
+from profiles.workload import (
+    Workload,
+    as_workload,
+    configurations,
+    implementation,
+    input_tensors,
+)
 
 KIND = "profile_paths"
 
@@ -103,7 +109,7 @@ def profile_workload(
 
 def about(workload: Workload) -> dict[str, Any]:
     """What was run, in words and numbers; two runs compare when these agree."""
-    inputs = [t for t in (*workload.args, *workload.kwargs.values()) if isinstance(t, Tensor)]
+    inputs = input_tensors(workload)
     return {
         "model": type(workload.model).__name__,
         **workload.about,

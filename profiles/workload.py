@@ -129,6 +129,8 @@ class TrainingStep:
             self.workload.loss(out).backward()
             return
         outputs = [t for t in floating(out) if t.requires_grad]
+        if not outputs:
+            raise ValueError("the model must return a floating tensor that wants gradients")
         if not self.cotangents:
             generator = torch.Generator().manual_seed(1)
             drawn = [torch.randn(t.shape, generator=generator) for t in outputs]

@@ -9,20 +9,16 @@ MIB = 2**20
 Cell = str | int | float | None
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent, thousands apart; "–" for None."""
+def number(value: float | None) -> str:
+    """About three significant digits, whole numbers as they are, thousands apart; "–" for None."""
     if value is None:
         return "–"
-    if value == 0:
-        return "0"
-    if abs(value) >= 10 ** (digits - 1):
+    if value == int(value) or abs(value) >= 99.95:
         return f"{value:,.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.1e}"
-    text = f"{value:.{digits}g}"
-    return (
-        f"{value:.{digits - len(text.partition('.')[0].lstrip('-0'))}f}" if "." in text else text
-    )
+    if abs(value) < 0.01:
+        return f"{value:.2g}"
+    decimals = 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
+    return f"{value:.{decimals}f}"
 
 
 def mib(size: float | None) -> str:
@@ -31,9 +27,9 @@ def mib(size: float | None) -> str:
 
 
 def cell(value: Cell, tag: str = "td", attributes: str = "") -> str:
-    """One cell; numbers are formatted, text is escaped."""
-    text = value if isinstance(value, str) else number(value)
-    return f"<{tag}{attributes}>{escape(text)}</{tag}>"
+    """One cell; numbers are formatted, text is escaped and may break after an underscore."""
+    text = escape(value if isinstance(value, str) else number(value))
+    return f"<{tag}{attributes}>{text.replace('_', '_<wbr>')}</{tag}>"
 
 
 def table(
