@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from itertools import count
 
 from profiles.report.parts import MIB, number
 
 ROW, BAR, LABEL = 54, 28, 17
 INSIDE, INSIDE_PHONE = 11.0, 30.0  # per cent of the width that a segment needs to hold its label
 DASHES = ("", "7 4", "2 3", "10 3 2 3", "5 2")
-_ids = count()
 
 Segment = tuple[str, str, float]  # css class, label, value
 Bar = tuple[str, str, Sequence[Segment]]  # name, note, segments
@@ -25,7 +23,7 @@ Bar = tuple[str, str, Sequence[Segment]]  # name, note, segments
 def stacked(title: str, bars: Sequence[Bar], unit: str, share: bool = False) -> str:
     """Horizontal stacked bars, one row each; with `share` every bar fills the width."""
     longest = max((sum(v for _, _, v in segments) for _, _, segments in bars), default=0) or 1
-    ident, rows, spoken = f"chart{next(_ids)}", [], []
+    ident, rows, spoken = slug(title), [], []
     for row, (name, note, segments) in enumerate(bars):
         whole = sum(value for _, _, value in segments)
         scale = 100 / ((whole or 1) if share else longest)
@@ -44,6 +42,11 @@ def stacked(title: str, bars: Sequence[Bar], unit: str, share: bool = False) -> 
         f'<desc id="{ident}d">In {escape(unit)}. {escape(" ".join(spoken))}</desc>'
         f"{''.join(rows)}</svg>"
     )
+
+
+def slug(title: str) -> str:
+    """An id from a chart's title, which is unique on its page."""
+    return "chart-" + "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
 
 
 def _segments(
@@ -90,7 +93,7 @@ def lines(title: str, curves: Sequence[tuple[str, Sequence[Sequence[float]]]]) -
     """Bytes over a step, one step-shaped line each, told apart by colour and dashes."""
     top = max((value for _, curve in curves for _, value in curve), default=0) / MIB
     marks = ticks(top)
-    high, ident = marks[-1], f"chart{next(_ids)}"
+    high, ident = marks[-1], slug(title)
     grid = "".join(
         f'<line x1="0" x2="100" y1="{y:.2f}" y2="{y:.2f}" class="grid"/>'
         for y in (100 - mark / high * 100 for mark in marks)
