@@ -61,6 +61,8 @@ class OpCall:
 class OpRecorder(TorchDispatchMode):
     """Notes hc:: calls by op and shapes; calls made inside another op are part of it."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[tuple, OpCall] = {}
@@ -68,7 +70,7 @@ class OpRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace == "hc":
+        if getattr(func, "namespace", "") == "hc":
             key = (func, str(tree_map_only(Tensor, _signature, (args, kwargs))))
             if key in self.found:
                 self.found[key].calls += 1
