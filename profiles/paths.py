@@ -77,6 +77,12 @@ def profile_workload(
     kept, notes = available(paths, has_ops(workload))
     if not configurations(workload.model):
         notes.append("no HCConfig in the model: eager and compiled run it as it is")
+    notes += [
+        f"{name}: its hc:: ops are not listed against their floor, as what is recomputed shows "
+        "only after autograd"
+        for name in kept
+        if PATHS[name].ops == "unknown"
+    ]
     for note in notes:
         say(note)
     initial = {k: v.detach().cpu().clone() for k, v in workload.model.state_dict().items()}

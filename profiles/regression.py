@@ -109,6 +109,6 @@ def counts(
         yield name, "compile s", *seconds
     for measure, key in COUNTS.items():
         yield name, measure, before["compile"][key], after["compile"][key]
-    floors = [(p.get("floor") or {}).get("trace_x_floor") for p in (before, after)]
-    if None not in floors:
-        yield name, "hc_ kernels × floor", *floors
+    was, now = ((path["floor"] or {}).get("trace_x_floor") for path in (before, after))
+    if was is not None and now is not None:
+        yield name, "hc_ kernels × floor", was, now
