@@ -81,8 +81,8 @@ def method(record: Mapping[str, Any]) -> Iterable[str]:
     """How the numbers were made, one sentence each."""
     steps, traced = record["settings"]["steps"], record["settings"]["traced"]
     yield (
-        f"step ms: median of {steps} training steps without the profiler; caches were cold, and "
-        "compile s is what the first call took beyond a step."
+        f"step ms: median of {steps} training steps without the profiler, beside it the fastest; "
+        "caches were cold, and compile s is what the first call took beyond a step."
     )
     if on_gpu(record):
         yield f"Kernels, launches and memory: means over {traced} traced steps of device events."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
+from statistics import quantiles
 from typing import Any
 
 from profiles.compare import shorten
@@ -28,6 +29,7 @@ from profiles.report.parts import (
 )
 
 Record = Mapping[str, Any]
+UNSTEADY = 0.15
 TRACED = "Bars are traced steps: on a CPU the profiler makes each operator, and idle, take longer."
 
 
@@ -39,21 +41,34 @@ def overview(record: Record) -> str:
         compiled = path["compile"]
         idle = milliseconds(path, "idle")
         row: list[Cell] = [name, path["step_ms"], f"{path['step_ms'] / first['step_ms']:.2f}"]
-        row += [path["launches"], mib(path["peak_bytes"])]
+        row += [min(path["steps_ms"]), path["launches"], mib(path["peak_bytes"])]
         row += [f"{idle / ((path['busy_ms'] + idle) or 1) * 100:.0f} %", compiled["seconds"]]
         row += [compiled["graphs"], compiled["graph_breaks"], compiled["recompiles"]]
         row += [scientific(path[f"{what}_difference"]) for what in ("output", "gradient")]
         rows.append(row)
     noun = "launches" if on_gpu(record) else "operator calls"
-    header = ["path", "step ms", "× first", noun, "peak MiB", "idle", "compile s"]
+    header = ["path", "step ms", "× first", "fastest ms", noun, "peak MiB", "idle", "compile s"]
     header += ["graphs", "breaks", "recompiles", "Δ outputs", "Δ gradients"]
     what = [f"{name}: {path['what']}" for name, path in record["paths"].items()]
     return section(
         "paths",
         "Paths side by side",
         table("One training step, per path", header, rows),
-        items([*what, *record["notes"]]),
+        items([*what, *record["notes"], *unsteady(record)]),
     )
+
+
+def unsteady(record: Record) -> Iterator[str]:
+    """Paths whose step times spread so far that a median says little."""
+    for name, path in record["paths"].items():
+        if len(path["steps_ms"]) < 4:
+            continue
+        low, middle, high = quantiles(path["steps_ms"], n=4)
+        if high - low > UNSTEADY * middle:
+            yield (
+                f"{name}: half of its steps lie outside {number(low)} to {number(high)} ms; the "
+                "machine was busy, so trust the fastest more than the median"
+            )
 
 
 def scientific(value: float | None) -> str:

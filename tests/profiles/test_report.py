@@ -158,6 +158,15 @@ def test_the_opening_lines_say_what_on_what_and_the_result():
     assert "with 4 instead of 25.5 operator calls and 100% of its peak memory." in result
 
 
+def test_unsteady_steps_are_said():
+    busy = copy.deepcopy(record())
+    busy["paths"]["eager"]["steps_ms"] = [10.0, 10.2, 10.1, 10.4, 10.3]
+    busy["paths"]["fused"]["steps_ms"] = [4.0, 4.1, 6.0, 6.1, 9.0]
+    text = " ".join(Page(page(busy)).text)
+    assert "fused: half of its steps lie outside 4.05 to 7.55 ms" in text
+    assert "eager: half" not in text
+
+
 def test_one_path_alone_and_a_model_without_ops():
     alone = record()
     alone["paths"] = {"eager": alone["paths"]["eager"]}
