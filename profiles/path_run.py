@@ -31,6 +31,7 @@ from profiles.workload import (
     TrainingStep,
     Workload,
     compile_blocks,
+    configurations,
     implementation,
     uncompile,
 )
@@ -47,7 +48,7 @@ class PathKind:
     """One way to run a model.
 
     Attributes:
-        what: for the report.
+        what: for the report, {plain} standing for the code that "plain" gives.
         implementation: of its hyper-connections, "plain" or "ops".
         compile: model -> forward.
         ops: which hc:: calls it makes: "none", "as written", "after passes", or "unknown".
@@ -58,12 +59,15 @@ class PathKind:
     compile: Callable[[nn.Module], Forward]
     ops: str = "none"
 
+    def describe(self, model: nn.Module) -> str:
+        """What runs; without an HCConfig there is nothing to switch to plain functions."""
+        found = configurations(model)
+        return self.what.format(plain="the plain functions" if found else "the model as it is")
+
 
 PATHS = {
-    "eager": PathKind("plain functions, no compiler", "plain", lambda model: model),
-    "compiled": PathKind(
-        "torch.compile of the plain functions, block by block", "plain", compile_blocks
-    ),
+    "eager": PathKind("{plain}, no compiler", "plain", lambda model: model),
+    "compiled": PathKind("torch.compile of {plain}, block by block", "plain", compile_blocks),
     "custom-op": PathKind(
         "torch.compile of the hc:: ops, no graph passes", "ops", without_passes, "as written"
     ),
@@ -130,7 +134,7 @@ def run_path(name: str, workload: Workload, steps: int, traced: int, out: Path) 
             peak = step.resident_bytes() + growth
         median = statistics.median(times)
         record = {
-            "what": path.what,
+            "what": path.describe(workload.model),
             "step_ms": median,
             "steps_ms": [round(ms, 4) for ms in times],
             "peak_bytes": peak,

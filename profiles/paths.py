@@ -92,7 +92,7 @@ def profile_workload(
     records: dict[str, Any] = {}
     base: Outcome | None = None
     for name in kept:
-        say(f"{name}: {PATHS[name].what}")
+        say(f"{name}: {PATHS[name].describe(workload.model)}")
         workload.model.load_state_dict(initial)
         outcome = run_path(name, workload, steps, traced, out)
         base = base or outcome

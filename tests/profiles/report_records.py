@@ -37,7 +37,7 @@ def path(name, kernels, gpu):
     floor |= {"trace_ms": 0.06 if gpu else None, "trace_x_floor": 3.0 if gpu else None}
     step_ms = 2.5 * made.busy_micros / 1e3
     return {
-        "what": PATHS[name].what,
+        "what": PATHS[name].what.format(plain="the plain functions"),
         "step_ms": step_ms,
         "steps_ms": [step_ms],
         "peak_bytes": 3 * 2**20,

@@ -89,6 +89,7 @@ def test_a_model_of_ones_own_without_hyper_connections(tmp_path, capsys):
     assert list(made["paths"]) == ["eager"] and made["workload"]["model"] == "Sequential"
     assert made["paths"]["eager"]["trace"]["kernels"][0]["calls"] >= 1
     assert any("no HCConfig" in note for note in made["notes"])
+    assert made["paths"]["eager"]["what"] == "the model as it is, no compiler"
 
 
 def test_one_line_in_python(tmp_path):
