@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from profiles import op_floor
 from profiles.capture import named_kernels_on_cpu
@@ -68,49 +69,82 @@ def profile_workload(
         say: told what is running and what is left out.
     Returns: the record, as plain data.
     Raises:
-        ValueError: when steps, traced or paths is out of range.
+        ValueError: when steps, traced or paths is out of range, or the model is compiled.
     """
     if steps < 1 or traced < 1:
         raise ValueError(f"steps and traced must be >= 1, got {steps} and {traced}")
-    device, out = workload.device, Path(out)
+    require_uncompiled(workload.model)
     named_kernels_on_cpu()
     kept, notes = available(paths, has_ops(workload))
-    if not configurations(workload.model):
-        notes.append("no HCConfig in the model: eager and compiled run it as it is")
-    notes += [
+    notes += remarks(workload.model, kept)
+    for note in notes:
+        say(note)
+    bandwidth = copy_bandwidth(workload.device)
+    measured = measure_paths(workload, kept, Path(out), steps, traced, bandwidth, say)
+    return {
+        "kind": KIND,
+        "machine": describe(workload.device),
+        "workload": about(workload),
+        "settings": {"steps": steps, "traced": traced, "threads": torch.get_num_threads()},
+        "copy_gb_per_s": bandwidth / 1e9,
+        "notes": notes,
+        "paths": measured,
+    }
+
+
+def require_uncompiled(model: nn.Module) -> None:
+    """Refuse a model that would stay compiled in the eager path."""
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"model must not be compiled, got a compiled {name or type(module).__name__}"
+            )
+
+
+def remarks(model: nn.Module, kept: Sequence[str]) -> list[str]:
+    """What a reader must know about the paths that run."""
+    found = [
         f"{name}: its hc:: ops are not listed against their floor, as what is recomputed shows "
         "only after autograd"
         for name in kept
         if PATHS[name].ops == "unknown"
     ]
-    for note in notes:
-        say(note)
-    initial = {k: v.detach().cpu().clone() for k, v in workload.model.state_dict().items()}
-    bandwidth = copy_bandwidth(device)
-    if any(name != "eager" for name in kept):
+    if not configurations(model):
+        found.append("no HCConfig in the model: eager and compiled run it as it is")
+    return found
+
+
+def measure_paths(
+    workload: Workload,
+    names: Sequence[str],
+    out: Path,
+    steps: int,
+    traced: int,
+    bandwidth: float,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """The record of every path, each from the model's weights, which are put back at the end."""
+    model, device = workload.model, workload.device
+    initial = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    if any(name != "eager" for name in names):
         warm_compiler(device)
     records: dict[str, Any] = {}
     base: Outcome | None = None
-    for name in kept:
-        say(f"{name}: {PATHS[name].describe(workload.model)}")
-        workload.model.load_state_dict(initial)
+    for name in names:
+        say(f"{name}: {PATHS[name].describe(model)}")
         outcome = run_path(name, workload, steps, traced, out)
+        model.load_state_dict(initial)
         base = base or outcome
-        outcome.record["output_difference"] = largest(outcome.values[0], base.values[0])
-        outcome.record["gradient_difference"] = largest(outcome.values[1], base.values[1])
-        workload.model.load_state_dict(initial)
-        outcome.record |= floor_record(name, workload, outcome.trace, bandwidth)
-        records[name] = outcome.record
-    fresh(workload.model, device)
-    return {
-        "kind": KIND,
-        "machine": describe(device),
-        "workload": about(workload),
-        "settings": {"steps": steps, "traced": traced, "threads": torch.get_num_threads()},
-        "copy_gb_per_s": bandwidth / 1e9,
-        "notes": notes,
-        "paths": records,
-    }
+        records[name] = (
+            outcome.record
+            | {
+                "output_difference": largest(outcome.values[0], base.values[0]),
+                "gradient_difference": largest(outcome.values[1], base.values[1]),
+            }
+            | floor_record(name, workload, outcome.trace, bandwidth)
+        )
+    fresh(model, device)
+    return records
 
 
 def about(workload: Workload) -> dict[str, Any]:
@@ -132,7 +166,7 @@ def profile(
     """Profile a model of your own and write report.html, report.png, report.json and traces.
 
     Args:
-        model: on its device.
+        model: on its device, not compiled; its weights stay, gradients are cleared.
         inputs: a tuple of positional inputs, a dict of keyword inputs, or one input.
         out: folder for everything.
         **options: of `profile_workload` (paths, steps, traced, say).

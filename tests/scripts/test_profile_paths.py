@@ -129,6 +129,11 @@ def test_wrong_input_is_refused(tmp_path, capsys):
     work = Workload(*plain_model()[:1], (torch.ones(3, 4),))
     with pytest.raises(ValueError, match="steps and traced must be >= 1, got 0 and 3"):
         profile_workload(work, tmp_path, steps=0)
+    for compiled in (torch.compile(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))):
+        if isinstance(compiled, nn.Sequential):
+            compiled[0].compile()
+        with pytest.raises(ValueError, match="model must not be compiled, got a compiled"):
+            profile(compiled, torch.ones(1, 2), out=tmp_path)
     for wrong, text in (
         (["--model", "x:y", "--dim", "8"], "--model brings its own sizes, got --dim"),
         (["--threshold", "0"], "--threshold must be > 0"),
