@@ -87,12 +87,13 @@ def figures(old: Record, new: Record, same: bool) -> Iterator[tuple[str, str, fl
         before = old["paths"].get(name)
         if before is None:
             continue
-        for measure, key in (("step ms", "step_ms"), ("peak bytes", "peak_bytes")):
+        for measure, key in (("step ms", "step_ms"), ("peak MiB", "peak_bytes")):
             pair = before[key], after[key]
             if None in pair:
                 continue
             if same:
-                yield name, measure, *pair
+                scale = 2**20 if key == "peak_bytes" else 1
+                yield name, measure, pair[0] / scale, pair[1] / scale
             elif name != first and base[0] is not None and base[0][key] and base[1][key]:
                 yield name, f"{measure} ÷ {first}", pair[0] / base[0][key], pair[1] / base[1][key]
         yield from counts(name, before, after, same)

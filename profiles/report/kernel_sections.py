@@ -49,7 +49,7 @@ def changed_tables(a: str, b: str, before: Trace, after: Trace, change: Differen
     ):
         rows = [kernel_cells(kernel, trace) for kernel in kernels[:TOP]]
         caption = verb + counted(kernels, trace)
-        lines += table(caption, ["kernel", "category", "calls", "ms"], rows, text_columns=2)
+        lines += named_table(caption, ["kernel", "category", "calls", "ms"], rows)
     rows = []
     for old, new in change.changed[:TOP]:
         name, kind, *was = kernel_cells(old, before)
@@ -57,7 +57,12 @@ def changed_tables(a: str, b: str, before: Trace, after: Trace, change: Differen
         rows.append([name, kind, was[0], now[0], was[1], now[1]])
     header = ["kernel", "category", f"calls, {a}", f"calls, {b}", f"ms, {a}", f"ms, {b}"]
     caption = f"In both, called more or less often: {len(change.changed)} names"
-    return lines + table(caption + more(len(change.changed)), header, rows, text_columns=2)
+    return lines + named_table(caption + more(len(change.changed)), header, rows)
+
+
+def named_table(caption: str, header: list[str], rows: list[list[Cell]]) -> str:
+    """A table of kernels and their categories; without rows its caption alone."""
+    return table(caption, header, rows, text_columns=2) if rows else paragraph(caption + ".")
 
 
 def counted(kernels: list[Kernel], trace: Trace) -> str:

@@ -29,6 +29,7 @@ from profiles.report.parts import (
 )
 
 Record = Mapping[str, Any]
+VERDICTS = ("regressed", "improved", "same")
 UNSTEADY = 0.15
 TRACED = "Bars are traced steps: on a CPU the profiler makes each operator, and idle, take longer."
 
@@ -83,7 +84,7 @@ def comparison(record: Record) -> str:
         return ""
     rows: list[list[Cell]] = [
         [c["path"], c["measure"], c["old"], c["new"], f"{c['change'] * 100:+.0f} %", c["verdict"]]
-        for c in found["checks"]
+        for c in sorted(found["checks"], key=lambda c: VERDICTS.index(c["verdict"]))
     ]
     header = ["path", "measure", "before", "now", "change", "verdict"]
     return section(

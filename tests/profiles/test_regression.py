@@ -45,7 +45,7 @@ def test_a_run_does_not_regress_against_itself(old):
     [
         ({"step": 45.0}, "step ms"),
         ({"launches": 120.0}, "launches"),
-        ({"peak": 1200}, "peak bytes"),
+        ({"peak": 1200}, "peak MiB"),
         ({"seconds": 6.0}, "compile s"),
         ({"breaks": 1}, "graph breaks"),
         ({"recompiles": 1}, "recompiles"),
@@ -76,7 +76,7 @@ def test_another_machine_compares_ratios_alone(old):
     new["paths"] = {"eager": path(10.0, seconds=50.0), "fused": path(4.1, seconds=90.0)}
     found = compare(old, new, "old.json")
     assert found["regressed"] == 0 and "Another machine" in found["basis"]
-    assert not {"step ms", "compile s", "peak bytes"} & {c["measure"] for c in found["checks"]}
+    assert not {"step ms", "compile s", "peak MiB"} & {c["measure"] for c in found["checks"]}
     new["paths"]["fused"] = path(6.0)
     assert worse(compare(old, new, "old.json")) == {("fused", "step ms ÷ eager")}
 

@@ -129,6 +129,7 @@ def test_every_pair_of_paths_has_its_difference(made):
     assert len(pairs) == count * (count - 1) / 2 == len(found.all("option"))
     assert sum("hidden" not in a for a in pairs) == 1
     assert any(c.startswith("Vanished: in eager only") for c in found.captions)
+    assert "In both, called more or less often: " in " ".join(found.text)
 
 
 def test_text_of_others_is_escaped():
