@@ -29,6 +29,7 @@ import torch
 import hc_compile as hc
 from profiles.capture import resolve
 from profiles.compare import category_table, format_table
+from profiles.machine import recorded_command
 from profiles.path_run import PATHS
 from profiles.paths import KIND, profile_workload
 from profiles.regression import compare
@@ -37,7 +38,6 @@ from profiles.report.facts import headline
 from profiles.report.parts import mib, number
 from profiles.trace import Trace
 from profiles.workload import Workload, as_workload
-from scripts.machine import recorded_command
 from scripts.quickstart import CPU_SIZE, GPU_SIZE, Size, build
 from scripts.train import connection_config
 from scripts.training import cross_entropy

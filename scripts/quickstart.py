@@ -24,10 +24,10 @@ import hc_compile as hc
 from hc_compile.kernels import get_kernel_status
 from hc_compile.models import Transformer, TransformerConfig
 from profiles.capture import capture, named_kernels_on_cpu
+from profiles.machine import describe
 from profiles.trace import Trace
 from profiles.workload import compile_blocks
 from scripts import report
-from scripts.machine import describe
 from scripts.text import Corpus, load_corpus
 from scripts.train import add_model_arguments, connection_config, sample_text
 from scripts.training import Forward, TrainConfig, TrainResult, held_out_loss, train
