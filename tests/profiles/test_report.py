@@ -227,3 +227,11 @@ def test_ticks_are_round_and_reach_the_top(top):
     marks = ticks(top)
     assert marks[0] == 0 and marks[-1] >= top and 2 <= len(marks) <= 6
     assert ticks(0) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_idle_is_the_rest_of_the_step_that_the_kernels_were_timed_in(gpu):
+    for path in record(gpu)["paths"].values():
+        idle = next(c["ms"] for c in path["categories"] if c["name"] == "idle")
+        whole = path["step_ms"] if gpu else path["trace"]["step_micros"] / 1e3
+        assert idle == pytest.approx(whole - path["busy_ms"]) and idle > 0
