@@ -80,9 +80,10 @@ def launch_noun(record: Mapping[str, Any]) -> str:
 def method(record: Mapping[str, Any]) -> Iterable[str]:
     """How the numbers were made, one sentence each."""
     steps, traced = record["settings"]["steps"], record["settings"]["traced"]
+    which = "median" if on_gpu(record) else "fastest (other load on a CPU only adds time)"
     yield (
-        f"step ms: median of {steps} training steps without the profiler, beside it the fastest; "
-        "caches were cold, and compile s is what the first call took beyond a step."
+        f"step ms: {which} of {steps} training steps without the profiler. Caches were cold; "
+        "compile s is what the first call took beyond a step."
     )
     if on_gpu(record):
         yield f"Kernels, launches and memory: means over {traced} traced steps of device events."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from profiles.compare import shorten
@@ -37,18 +37,19 @@ TRACED = "Bars are traced steps: on a CPU the profiler makes each operator, and 
 def overview(record: Record) -> str:
     """Paths side by side."""
     first = next(iter(record["paths"].values()))
+    beside, other = ("fastest", min) if on_gpu(record) else ("median", median)
     rows: list[list[Cell]] = []
     for name, path in record["paths"].items():
         compiled = path["compile"]
         idle = milliseconds(path, "idle")
         row: list[Cell] = [name, path["step_ms"], f"{path['step_ms'] / first['step_ms']:.2f}"]
-        row += [min(path["steps_ms"]), path["launches"], mib(path["peak_bytes"])]
+        row += [other(path["steps_ms"]), path["launches"], mib(path["peak_bytes"])]
         row += [f"{idle / ((path['busy_ms'] + idle) or 1) * 100:.0f} %", compiled["seconds"]]
         row += [compiled["graphs"], compiled["graph_breaks"], compiled["recompiles"]]
         row += [scientific(path[f"{what}_difference"]) for what in ("output", "gradient")]
         rows.append(row)
     noun = "launches" if on_gpu(record) else "operator calls"
-    header = ["path", "step ms", "× first", "fastest ms", noun, "peak MiB", "idle", "compile s"]
+    header = ["path", "step ms", "× first", f"{beside} ms", noun, "peak MiB", "idle", "compile s"]
     header += ["graphs", "breaks", "recompiles", "Δ outputs", "Δ gradients"]
     what = [f"{name}: {path['what']}" for name, path in record["paths"].items()]
     return section(
@@ -60,15 +61,15 @@ def overview(record: Record) -> str:
 
 
 def unsteady(record: Record) -> Iterator[str]:
-    """Paths whose step times spread so far that a median says little."""
+    """Paths whose step times spread so far that they say little."""
     for name, path in record["paths"].items():
         if len(path["steps_ms"]) < 4:
             continue
         low, middle, high = quantiles(path["steps_ms"], n=4)
         if high - low > UNSTEADY * middle:
             yield (
-                f"{name}: half of its steps lie outside {number(low)} to {number(high)} ms; the "
-                "machine was busy, so trust the fastest more than the median"
+                f"{name}: half of its steps lie outside {number(low)} to {number(high)} ms, as "
+                "the machine was busy; run again before comparing small differences"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from profiles.path_run import typical_ms
 from profiles.regression import compare
 from profiles.report import write
 from profiles.report.charts import ticks
@@ -157,6 +158,13 @@ def test_the_opening_lines_say_what_on_what_and_the_result():
     assert "Net, 1,234 parameters, int64 [8, 128]: one training step in 4 paths on 4 CPU" in what
     assert result.startswith("fused takes 0.412 ms a step where eager takes 1.52 ms (3.70× as")
     assert "with 4 instead of 25.5 operator calls and 100% of its peak memory." in result
+
+
+def test_a_step_is_the_median_on_a_gpu_and_the_fastest_on_a_cpu():
+    times = [5.0, 3.0, 9.0]
+    assert typical_ms(times, "cuda") == 5.0 and typical_ms(times, "cpu") == 3.0
+    heads = [" ".join(Page(page(record(gpu))).text) for gpu in (False, True)]
+    assert "median ms" in heads[0] and "fastest ms" in heads[1]
 
 
 def test_unsteady_steps_are_said():
