@@ -88,6 +88,12 @@ class Trace:
         kernels = sorted(self.kernels.values(), key=lambda kernel: -kernel.micros)
         return {**asdict(self), "path": path, "kernels": [asdict(kernel) for kernel in kernels]}
 
+    @classmethod
+    def from_json(cls, data: dict) -> Trace:
+        """The trace that `to_json` gave."""
+        kernels = {kernel["name"]: Kernel(**kernel) for kernel in data["kernels"]}
+        return cls(**{**data, "kernels": kernels})
+
 
 def category(name: str) -> str:
     """The kernel's category by its name, "other" when nothing matches."""
@@ -162,13 +168,30 @@ def self_times(events: Iterable[dict]) -> Iterator[tuple[dict, float, bool, str]
             stack.append([event, 0.0, True, ours])
 
 
-def peak_growth(events: list[dict], steps: list[dict], device_type: int) -> int | None:
-    """Highest rise of allocated bytes above the level at a step's start, over all steps."""
-    marks = sorted(
+def allocations(events: Iterable[dict], device_type: int) -> list[tuple[float, int]]:
+    """(microseconds, bytes allocated in all) after every allocation and release, in order."""
+    return sorted(
         (event["ts"], event["args"]["Total Allocated"])
         for event in events
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == device_type
     )
+
+
+def profiler_steps(events: Iterable[dict]) -> list[dict]:
+    """The spans of the profiler's steps."""
+    return [
+        event
+        for event in events
+        if event.get("ph") == "X"
+        and "dur" in event
+        and event.get("cat") == "user_annotation"
+        and event["name"].startswith("ProfilerStep#")
+    ]
+
+
+def peak_growth(events: list[dict], steps: list[dict], device_type: int) -> int | None:
+    """Highest rise of allocated bytes above the level at a step's start, over all steps."""
+    marks = allocations(events, device_type)
     peak = None
     for step in steps:
         level = next((total for ts, total in reversed(marks) if ts < step["ts"]), 0)
@@ -190,11 +213,7 @@ def read_trace(path: Path | str) -> Trace:
     path = find_trace(path)
     events = load_events(path)
     whole = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    steps = [
-        event
-        for event in whole
-        if event.get("cat") == "user_annotation" and event["name"].startswith("ProfilerStep#")
-    ]
+    steps = profiler_steps(whole)
     count = max(len(steps), 1)
     device = [event for event in whole if event.get("cat") in DEVICE_CATEGORIES]
     if device:

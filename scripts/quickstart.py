@@ -24,9 +24,10 @@ import hc_compile as hc
 from hc_compile.kernels import get_kernel_status
 from hc_compile.models import Transformer, TransformerConfig
 from profiles.capture import capture, named_kernels_on_cpu
+from profiles.machine import describe
 from profiles.trace import Trace
+from profiles.workload import compile_blocks
 from scripts import report
-from scripts.machine import describe
 from scripts.text import Corpus, load_corpus
 from scripts.train import add_model_arguments, connection_config, sample_text
 from scripts.training import Forward, TrainConfig, TrainResult, held_out_loss, train
@@ -38,16 +39,6 @@ class Way:
 
     implementation: str
     compile: Callable[[Transformer], Forward]
-
-
-def compile_blocks(model: Transformer) -> Forward:
-    """torch.compile block by block: blocks of one shape share one compilation.
-
-    Sinkhorn's unrolled iterations make the plain code of a whole model dear to compile.
-    """
-    for block in model.blocks:
-        block.compile()
-    return model
 
 
 PATHS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.machine import describe, recorded_command
+from profiles.machine import describe, recorded_command
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
