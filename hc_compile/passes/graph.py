@@ -16,9 +16,16 @@ from torch.fx.node import map_arg
 RESHAPES = ("flatten", "unflatten")  # of contiguous tensors: the order of the elements stays
 
 
-def has_ops(graph: Graph) -> bool:
-    """Whether the graph calls any hc:: op."""
-    return any(getattr(node.target, "__module__", "") == "torch._ops.hc" for node in graph.nodes)
+def ops(graph: Graph) -> list[Node]:
+    """The graph's calls of hc:: ops, in order."""
+    return [n for n in graph.nodes if getattr(n.target, "__module__", "") == "torch._ops.hc"]
+
+
+def each(passes: Any) -> tuple[Callable, ...]:
+    """The passes in one of Inductor's settings: none, one, or (from torch 2.13) several."""
+    if passes is None:
+        return ()
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,)
 
 
 def is_op(node: object, name: str) -> bool:
