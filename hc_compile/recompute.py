@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import flop_registry
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
 
@@ -58,3 +59,33 @@ def plan(
     if room == 0:
         raise ValueError(f"recompute must be at least {stream_bytes} bytes, one x, got {policy}")
     return -(-sublayers // room)
+
+
+KEPT = {
+    "coefficients": (torch.ops.hc.post.default, torch.ops.hc.post_pre.default),
+    "streams": (),
+}
+
+
+def recompute_policy(recompute: str) -> Callable[[], Any]:
+    """The `context_fn` of `torch.utils.checkpoint` that runs hc:: ops again, and no matmul.
+
+        checkpoint(blocks, x, use_reentrant=False, context_fn=hc.recompute_policy("streams"))
+
+    What PyTorch counts FLOPs of (matmuls, attention, convolutions) is kept, other ops of the
+    branches run again, as checkpointing has it; `hc.recomputing` leaves branches alone.
+
+    Args:
+        recompute: "coefficients" runs the reads again, "streams" the writes too; the input of each
+            checkpointed region is what is kept of the streams. hc::post_pre, the boundary that a
+            StreamState makes, counts as a write.
+    Raises: ValueError.
+    """
+    if recompute not in KEPT:
+        raise ValueError(f"recompute must be one of {tuple(KEPT)}, got {recompute!r}")
+    return partial(create_selective_checkpoint_contexts, partial(_select, KEPT[recompute]))
+
+
+def _select(kept: tuple, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    heavy = getattr(op, "overloadpacket", op) in flop_registry
+    return CheckpointPolicy.MUST_SAVE if heavy or op in kept else CheckpointPolicy.MUST_RECOMPUTE
