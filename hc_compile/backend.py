@@ -43,13 +43,13 @@ def hc_inductor(
     options = dict(options or {})
     recompute = options.pop("recompute", recompute)
     check_policy(recompute)
-    again = recompute != "none"
     then = options.pop("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
-    passes = (*PASSES, annotate) if again else PASSES
-    options["pre_grad_custom_pass"] = PassPipeline(passes, without_pipeline(then))
-    if again:
-        then = options.get("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
-        options["joint_custom_post_pass"] = Recompute(recompute, then)
+    passes = PassPipeline((*PASSES, annotate), without_pipeline(then))
+    then = options.pop("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
+    options |= {
+        "pre_grad_custom_pass": passes,
+        "joint_custom_post_pass": Recompute(recompute, then),
+    }
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)
     return inductor(graph_module, example_inputs)
 

@@ -29,6 +29,7 @@ from hc_compile.recompute import Policy, plan
 
 KEY = "hc_op"  # in a node's meta["custom"], which every node traced from it inherits
 WRITES = ("post", "post_pre")
+CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 
 
 def annotate(graph: Graph) -> bool:
@@ -86,8 +87,9 @@ def tag(graph: Graph, policy: Policy) -> None:
     if not streams:
         return
     every = _every(policy, groups, streams)
-    for node in (node for nodes in groups.values() for node in nodes if every):
-        node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
+    for node in (node for nodes in groups.values() for node in nodes):
+        if every or _widens(node):
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
     for count, (group, node) in enumerate(streams.items(), start=1):
         if every and count % every == 0:
             _keep(node, groups[group])
@@ -158,6 +160,15 @@ def _origins(node: Node) -> Iterator[Node]:
     while _is_view(node) and isinstance(node.args[0], Node) and _group(node.args[0]):
         node = node.args[0]
         yield node
+
+
+def _widens(node: Node) -> bool:
+    """Whether it casts streams to a wider dtype: saved, they would take the memory of two."""
+    source = node.args[0] if node.args else None
+    if not (isinstance(source, Node) and _is_tensor(source) and _is_tensor(node)):
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    return node.target in CASTS and after.itemsize > before.itemsize and after.dim() > 2
 
 
 def _is_view(node: Node) -> bool:
