@@ -27,7 +27,9 @@ def memory_line(events: list[dict], device_type: int) -> Line:
         for event in events
         if event.get("name") == "[memory]" and event["args"].get("Device Type") == device_type
     )
-    steps = [e for e in events if str(e.get("name", "")).startswith("ProfilerStep#") and "dur" in e]
+    steps = [
+        e for e in events if str(e.get("name", "")).startswith("ProfilerStep#") and "dur" in e
+    ]
     began, took = steps[0]["ts"], steps[0]["dur"]
     inside = [(ts, total) for ts, total in marks if 0 <= ts - began <= took]
     if not inside:

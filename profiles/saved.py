@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ def saved_by(function: Callable, policy: Policy, streams: Tensor) -> tuple[Calla
         return inner(gm, inputs)
 
     torch.compiler.reset()
-    return torch.compile(function, backend=backend, dynamic=False), found
+    return torch.compile(function, backend=backend), found
 
 
 def _count(
@@ -73,10 +74,12 @@ def _count(
         value = base.meta.get("val")
         if base.op == "placeholder" or not isinstance(value, Tensor):
             continue
-        size = value.numel() * value.element_size()
-        if value.shape[-2:] == streams.shape[-2:]:
+        shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]  # no guards
+        count = math.prod(shape)
+        size = count * value.element_size()
+        if shape[-2:] == list(streams.shape[-2:]):
             found.streams += size
-        elif value.numel() % tokens == 0 and value.numel() // tokens < streams.shape[-1]:
+        elif count % tokens == 0 and count // tokens < streams.shape[-1]:
             found.coefficients += size
         else:
             found.branches += size

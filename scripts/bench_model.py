@@ -5,9 +5,8 @@
     python -m scripts.bench_model --render PATH   # the README's table from a recorded run
 
 All ways run in one process and take turns; the step is forward and backward with gradients of the
-input and of all weights. `--recompute` adds the policies of hc_compile/recompute.py, with what each
-keeps between forward and backward; on a CPU `--layers` makes the tiny net deeper. The last line of
-stdout is the run as JSON.
+input and of all weights. `--recompute` adds the policies of hc_compile/recompute.py and what each
+keeps between forward and backward. The last line of stdout is the run as JSON.
 """
 
 from __future__ import annotations

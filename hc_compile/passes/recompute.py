@@ -3,7 +3,7 @@
 kept x_k      x_k+1          x_k+2          x_k+every kept
     ═▶ post_pre ═▶ post_pre ═▶ …  ═▶ post_pre ═▶             forward
         ╲ y_k        ╲ y_k+1                                 branches: kept as ever
-    ═▶ post_pre ─▶ post_pre ─▶ …                             again, in the backward, just before use
+    ═▶ post_pre ─▶ post_pre ─▶ …                             again, in the backward, at need
 
 Numerics-preserving: the same ops on the same values, none of them random. A branch is never run
 again: x_k+1 comes from x_k, the coefficients of x_k and the branch's output.
