@@ -164,5 +164,5 @@ def test_checkpoint_under_compile(policy):
 
 
 def test_checkpoint_policies_have_two_names():
-    with pytest.raises(ValueError, match="recompute must be one of .* got 'none'"):
+    with pytest.raises(ValueError, match=r"recompute must be one of .* got 'none'"):
         hc.recompute_policy("none")

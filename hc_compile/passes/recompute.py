@@ -13,7 +13,8 @@ graph of forward and backward, in which Inductor has decomposed the ops. There `
 what a number stands for: MUST_SAVE the streams that are kept, MUST_RECOMPUTE the rest, and nothing
 for what a branch reads, which is the branch's activation. Where one kernel writes the streams and
 projects them, the coefficients of kept streams (1 % of them) are kept too: to have them again, the
-streams would have to be read once more.
+streams would have to be read once more. Whatever the policy, a cast of streams to a wider dtype is
+not kept: left to itself the partitioner saves one of a network's last streams, in fp32.
 """
 
 from collections.abc import Iterator
@@ -95,8 +96,9 @@ def tag(graph: Graph, policy: Policy) -> None:
             _keep(node, groups[group])
     for nodes in groups.values() if every else ():
         for node in _reads(nodes, streams):
-            *parts, origin = _origins(node)
-            for part in (*parts, origin, *(origin.users if not _is_tensor(origin) else ())):
+            parts = list(_origins(node))
+            siblings = () if _is_tensor(parts[-1]) else tuple(parts[-1].users)
+            for part in (*parts, *siblings):
                 part.meta.pop("recompute", None)
 
 
