@@ -114,6 +114,10 @@ class HyperConnection(nn.Module):
             source = ops.aggregate(x, mix.expand(*x.shape[:-2], *mix.shape))
             pre, post, res = ops.coefficients(source, *parameters)
             return x, (ops.aggregate(x, pre), post, res, None)
+        constants = None if plain else self.coefficients.constants(x, self.cfg.constraint)
+        if constants is not None:
+            x = x if state.pending is None else ops.post(x, *state.pending)
+            return x, (ops.aggregate(x, constants[0]), *constants[1:], None)
         if state.pending is not None:
             x, u, _, post, res = ops.post_pre(x, *state.pending, *parameters)
             return x, (u, post, res, None)

@@ -64,7 +64,7 @@ def skip_reshapes(node: Any) -> Any:
     Merged fractions that are split again are such.
     """
     origin: Any = node
-    while isinstance(origin, Node) and origin.op == "call_method" and origin.target in RESHAPES:
+    while is_call(origin, *RESHAPES):
         origin = origin.args[0]
     if origin is node or not _same_shape(origin, node):
         return node
