@@ -9,6 +9,18 @@ gives wrong gradients on torch 2.10 to 2.13 where a sum over 4096 or more tokens
 of a `cat` (pytorch/pytorch#193061: modulation vectors chunked from one shared table). No graph of
 ours has such a sum, which a test holds; a model that has one needs
 `options={"triton.mix_order_reduction": False}` here as under plain torch.compile.
+
+Models that leave this process:
+
+    program = torch.export.export(model.eval(), (h,), dynamic_shapes=...)   # keeps the hc:: ops
+    hc.install()                            # the passes then run in AOTInductor, too
+    torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
+
+A saved program needs `import hc_compile` where it is loaded, for the ops; a package needs neither
+this project nor Python: the loops of Sinkhorn and Newton–Schulz, one call each under
+torch.compile on a CPU, are inlined in it. `torch.compiler.save_cache_artifacts()` after
+`hc.compile(model)` spares other processes of the same machine all tracing by AOTAutograd and all
+code generation. Exported programs are for inference, and double backward is for eager code.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """What the tests of saved models run in a process of its own; prints one JSON object.
 
-`python -m tests.away compile FILE` compiles a model and saves the compiler's artefacts;
-`... reuse FILE` loads them first; `... exported MODEL IN` runs a torch.export program. Each prints
-its result and what the caches did.
+`python -m tests.away compile FILE MODE` compiles a model and saves the compiler's artefacts,
+`... reuse FILE MODE` loads them first; MODE is "infer" or "train". `... exported FILE TOKENS` runs
+a torch.export program. Each prints its result and what the caches did.
 """
 
 import json
@@ -27,20 +27,21 @@ def model():
     return net
 
 
-def trained(file: Path, reuse: bool) -> dict:
-    """Forward and backward of the compiled model, its artefacts loaded before or saved after."""
+def compiled(file: Path, reuse: bool, train: bool) -> dict:
+    """The compiled model's results, its artefacts loaded before or saved after."""
     if reuse:
         torch.compiler.load_cache_artifacts(file.read_bytes())
-    net, h = model(), draw(5, WIDTH).requires_grad_()
-    out = hc.compile(net, recompute="streams")(h)
-    (grad,) = torch.autograd.grad(out, h, draw(5, WIDTH, seed=1))
+    net, h = model(), draw(5, WIDTH).requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        out = hc.compile(net, recompute="streams")(h)
+    grads = torch.autograd.grad(out, h, draw(5, WIDTH, seed=1)) if train else ()
     if not reuse:
         artifacts = torch.compiler.save_cache_artifacts()
         assert artifacts is not None
         file.write_bytes(artifacts[0])
     found = {name: counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss")}
     generated = counters["inductor"]["fxgraph_cache_miss"]
-    return found | {"generated": generated, "out": out.tolist(), "grad": grad.tolist()}
+    return found | {"generated": generated, "out": [t.tolist() for t in (out, *grads)]}
 
 
 def exported(file: Path, rows: int) -> dict:
@@ -55,4 +56,4 @@ if __name__ == "__main__":
     if command == "exported":
         print(json.dumps(exported(Path(path), int(rest[0]))))
     else:
-        print(json.dumps(trained(Path(path), command == "reuse")))
+        print(json.dumps(compiled(Path(path), command == "reuse", rest[0] == "train")))

@@ -1,8 +1,8 @@
 """What every pass needs: recognise nodes, read their arguments, emit new ones, and stay safe.
 
 Dynamo leaves every node's fake result in `meta["example_value"]`: shapes, and by its version
-whether something writes it in place. torch.export leaves it in `meta["val"]` without a version; its
-graphs consist of overloads, whose schemas say what they write.
+whether something writes it in place. torch.export leaves it in `meta["val"]` without a version;
+its graphs consist of overloads, whose schemas say what they write.
 """
 
 import operator
