@@ -122,7 +122,7 @@ def test_a_package_runs_where_the_project_is_not_installed(tmp_path):
 @pytest.mark.compile
 @pytest.mark.parametrize("mode", ["infer", pytest.param("train", marks=pytest.mark.full)])
 def test_compiler_artifacts_serve_a_fresh_process(tmp_path, mode):
-    """With a fresh cache folder AOTAutograd traces nothing and Inductor generates nothing again."""
+    """With a fresh cache folder AOTAutograd traces and Inductor generates nothing again."""
     file = tmp_path / "artifacts"
     away = ("-m", "tests.away")
     first = process(*away, "compile", file, mode, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "one"))
