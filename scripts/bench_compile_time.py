@@ -24,7 +24,7 @@ from scripts import recorded
 from scripts.bench_ops import note
 from scripts.machine import ROOT
 
-PARTS = ("seconds", "dynamo", "aot", "inductor", "build")
+PARTS = ("seconds", "cpu_seconds", "dynamo", "aot", "inductor", "build")
 
 
 def bench_way(way: str, args: argparse.Namespace) -> dict:
@@ -64,7 +64,7 @@ def render(data: dict) -> str:
         times = tables.number(base and record["seconds"] / base, 2)
         cells = [tables.number(record[part], 1) for part in PARTS]
         rows.append([record["way"], str(record["layers"]), *cells, times])
-    header = ["network", "layers", "first step s", *PARTS[1:], "÷ residual"]
+    header = ["network", "layers", "first step s", "own CPU s", *PARTS[2:], "÷ residual"]
     line = f"Measured on {tables.machine_line(data)}: `{data['command']}`."
     return f"{line}\n\n{tables.markdown(header, rows)}"
 

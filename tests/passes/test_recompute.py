@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hc_compile as hc
+from hc_compile.backend import hc_inductor
 from hc_compile.passes.recompute import Recompute
 from hc_compile.recompute import plan
 from profiles.saved import saved_by
@@ -134,7 +135,7 @@ def test_every_way_to_ask_reaches_inductor(monkeypatch):
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", inductor)
     net, h = net_and_input("mhc", 4, layers=1)
     options = {"recompute": "streams", "joint_custom_post_pass": print}
-    torch.compile(net, backend="hc_inductor", options=options)(h)
+    torch.compile(net, backend=hc_inductor, options=options)(h)
     hc.compile(net, recompute="streams")(h)
     hc.compile(net, recompute="streams", mode="reduce-overhead")(h)
     hc.compile(net, recompute=7, options={"max_fusion_size": 8})(h)
