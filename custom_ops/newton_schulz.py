@@ -74,7 +74,7 @@ def forward(matrix: Tensor, schedule: list[float], eps: float) -> Tensor:
 
         out = kernels.newton_schulz(flat(matrix, 2), tuple(steps(schedule)), eps)
         return out.reshape(matrix.shape)
-    return torch.ops.hc.newton_schulz_loop(matrix, schedule, eps).to(matrix.dtype)
+    return newton_schulz_loop(matrix, schedule, eps).to(matrix.dtype)
 
 
 def backward(grad: Tensor, matrix: Tensor, schedule: list[float], eps: float) -> Tensor:
@@ -85,7 +85,7 @@ def backward(grad: Tensor, matrix: Tensor, schedule: list[float], eps: float) ->
             flat(grad, 2), flat(matrix, 2), tuple(steps(schedule)), eps
         )
         return out.reshape(matrix.shape)
-    out = torch.ops.hc.newton_schulz_loop_backward(grad, matrix, schedule, eps)
+    out = newton_schulz_loop_backward(grad, matrix, schedule, eps)
     return out.to(matrix.dtype)
 
 

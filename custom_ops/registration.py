@@ -6,6 +6,7 @@ under TRITON_INTERPRET=1 the same body becomes an opaque `custom_op`.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import reduce
 from operator import add
@@ -43,10 +44,19 @@ def define(name: str, body: Callable, fake: Callable):
 
 
 def define_opaque(name: str, body: Callable, fake: Callable):
-    """Register `hc::name` as a call that Inductor does not look into."""
+    """Register `hc::name` as a call that Inductor does not look into, and return how to make it.
+
+    Where Inductor compiles ahead of time, for a process without Python, the body is inlined.
+    """
     op = torch.library.custom_op(f"hc::{name}", body, mutates_args=())
     op.register_fake(fake)
-    return op
+
+    def call(*arguments):
+        inductor = sys.modules.get("torch._inductor.virtualized")
+        packaging = inductor is not None and inductor.V.aot_compilation
+        return (body if packaging else op)(*arguments)
+
+    return call
 
 
 def double_backward(op, cotangents: int, primals: int, reference: Callable) -> None:

@@ -131,7 +131,7 @@ def forward(
         matrices = flat(logits, 2)
         out = kernels.sinkhorn(matrices, iterations, start, first, denominator, eps)
         return out.reshape(logits.shape)
-    out = torch.ops.hc.sinkhorn_loop(logits, iterations, start, first, denominator, eps)
+    out = sinkhorn_loop(logits, iterations, start, first, denominator, eps)
     return out.to(logits.dtype)
 
 
@@ -151,9 +151,7 @@ def backward(
             flat(grad, 2), flat(logits, 2), iterations, start, first, denominator, eps
         )
         return out.reshape(logits.shape)
-    out = torch.ops.hc.sinkhorn_loop_backward(
-        grad, logits, iterations, start, first, denominator, eps
-    )
+    out = sinkhorn_loop_backward(grad, logits, iterations, start, first, denominator, eps)
     return out.to(logits.dtype)
 
 

@@ -3,6 +3,7 @@
 from hc_compile import functional
 from hc_compile.backend import compile, install, uninstall
 from hc_compile.config import HCConfig
+from hc_compile.eager_recompute import recomputing
 from hc_compile.integrations.convert import convert
 from hc_compile.module import (
     HyperConnection,
@@ -14,6 +15,7 @@ from hc_compile.module import (
 )
 from hc_compile.parameters import parameter_groups
 from hc_compile.presets import PRESETS, Preset
+from hc_compile.recompute import recompute_policy
 from hc_compile.state import StreamState
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ __all__ = [
     "functional",
     "install",
     "parameter_groups",
+    "recompute_policy",
+    "recomputing",
     "reduce_streams",
     "resolve",
     "uninstall",

@@ -9,9 +9,22 @@ gives wrong gradients on torch 2.10 to 2.13 where a sum over 4096 or more tokens
 of a `cat` (pytorch/pytorch#193061: modulation vectors chunked from one shared table). No graph of
 ours has such a sum, which a test holds; a model that has one needs
 `options={"triton.mix_order_reduction": False}` here as under plain torch.compile.
+
+Models that leave this process:
+
+    program = torch.export.export(model.eval(), (h,), dynamic_shapes=...)   # keeps the hc:: ops
+    hc.install()                            # the passes then run in AOTInductor, too
+    torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
+
+A saved program needs `import hc_compile` where it is loaded, for the ops; a package needs neither
+this project nor Python: the loops of Sinkhorn and Newton–Schulz, one call each under
+torch.compile on a CPU, are inlined in it. `torch.compiler.save_cache_artifacts()` after
+`hc.compile(model)` spares other processes of the same machine all tracing by AOTAutograd and all
+code generation. Exported programs are for inference, and double backward is for eager code.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +32,8 @@ from torch._inductor import config as inductor_config
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
 from hc_compile.passes import PASSES, GraphPass, PassPipeline, without_pipeline
+from hc_compile.passes.recompute import Recompute, annotate
+from hc_compile.recompute import Policy, check_policy
 
 
 def hc_inductor(
@@ -27,17 +42,26 @@ def hc_inductor(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    recompute: Policy = "none",
 ) -> Any:
-    """Compile with Inductor, hc:: passes first; a user's `pre_grad_custom_pass` runs after ours.
+    """Compile with Inductor, hc:: passes first; a user's pre-grad or joint pass runs after ours.
 
     Args:
         graph_module, example_inputs: from Dynamo.
         mode: as torch.compile's ("reduce-overhead", "max-autotune", ...).
-        options: Inductor options, as torch.compile's.
+        options: Inductor options, as torch.compile's, and `recompute`.
+        recompute: what of the streams is kept for the backward, see hc_compile/recompute.py.
     """
     options = dict(options or {})
+    recompute = options.pop("recompute", recompute)
+    check_policy(recompute)
     then = options.pop("pre_grad_custom_pass", inductor_config.pre_grad_custom_pass)
-    options["pre_grad_custom_pass"] = PassPipeline(then=without_pipeline(then))
+    passes = PassPipeline((*PASSES, annotate), without_pipeline(then))
+    then = options.pop("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
+    options |= {
+        "pre_grad_custom_pass": passes,
+        "joint_custom_post_pass": Recompute(recompute, then),
+    }
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)
     return inductor(graph_module, example_inputs)
 
@@ -53,16 +77,27 @@ def _reset() -> None:
 hc_inductor.reset = _reset  # type: ignore[attr-defined]
 
 
-def compile(model: Callable | None = None, **kwargs: Any) -> Callable:
+def compile(
+    model: Callable | None = None, *, recompute: Policy = "none", **kwargs: Any
+) -> Callable:
     """`torch.compile` with the hc:: graph passes.
 
     Args:
         model: a module or function; without it, a decorator is returned, as by torch.compile.
+        recompute: "none", "coefficients", "streams" or the bytes that a graph's streams may take
+            between forward and backward, see hc_compile/recompute.py.
         **kwargs: of torch.compile (fullgraph, dynamic, mode, options, ...), except `backend`.
+    Raises: TypeError, ValueError that name the argument; a number of bytes that is too small for
+        a graph is refused when the graph is compiled.
     """
     if "backend" in kwargs:
         raise TypeError(f"backend must not be given to hc.compile, got {kwargs['backend']!r}")
-    return torch.compile(model, backend=hc_inductor, **kwargs)  # type: ignore[arg-type]
+    check_policy(recompute)
+    backend = hc_inductor
+    if recompute != "none":
+        backend = partial(hc_inductor, recompute=recompute)
+        backend.reset = _reset  # type: ignore[attr-defined]
+    return torch.compile(model, backend=backend, **kwargs)  # type: ignore[arg-type]
 
 
 def install(passes: Sequence[GraphPass] = PASSES) -> None:

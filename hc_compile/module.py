@@ -120,6 +120,11 @@ class HyperConnection(nn.Module):
             pre, post, res = ops.coefficients(source, *parameters)
             u = ops.aggregate(x, pre if carried is None else carried)
             return x, (u, pre, post, res, None)
+        constants = None if plain else self.coefficients.constants(x, self.cfg.constraint)
+        if constants is not None:
+            x = x if state.pending is None else ops.post(x, *state.pending)
+            u = ops.aggregate(x, constants[0] if carried is None else carried)
+            return x, (u, *constants, None)
         if state.pending is not None:
             x, *made = ops.post_pre(x, *state.pending, *parameters, carried=carried)
             return x, (*made, None)

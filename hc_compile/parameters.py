@@ -1,8 +1,14 @@
 """HC parameters: a submodule of their own (fp32, none 0-d), and their weight-decay rule."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from custom_ops.constrain import static_forward
+from custom_ops.constraint import Constraint
+from custom_ops.registration import compute_dtype
+from hc_compile.checks import transforming
 from hc_compile.config import HCConfig
 from hc_compile.initial import initial_bias
 
@@ -23,6 +29,7 @@ class CoefficientParameters(nn.Module):
         dtype: torch.dtype,
     ):
         super().__init__()
+        self._made: tuple | None = None
         c, row = cfg.constraint, cfg.row
         self.alpha_index = row.alpha_index
         bias = initial_bias(row.bias_init, c, layer_index, cfg.fractions or 1)
@@ -46,6 +53,37 @@ class CoefficientParameters(nn.Module):
         if alpha is not None and self.alpha_index != (0, 1, 2):
             alpha = torch.stack([alpha[i] for i in self.alpha_index])
         return self.phi, alpha, self.bias
+
+    def constants(self, x: Tensor, constraint: Constraint) -> tuple[Tensor, ...] | None:
+        """pre, post and res that depend on nothing but b: in eval without gradients, made once.
+
+        They are made again after anything that PyTorch counts as a change of b (an optimiser's
+        step, load_state_dict, a write in place), train() and a move; not after a write through
+        `b.data`, which PyTorch does not see. None where they depend on the tokens or may get
+        gradients, and in compiled code and CUDA graphs, which make them from b.
+        """
+        fixed = constraint.projection == "static" and not (self.training or transforming())
+        if not fixed or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if type(self.bias) is not nn.Parameter or self.bias.is_inference():
+            return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        dtype = compute_dtype(x, self.bias)
+        key = (self.bias._version, self.bias.data_ptr(), dtype)
+        if self._made is None or self._made[0] is not self.bias or self._made[1] != key:
+            made = static_forward(self.bias.to(dtype), constraint)
+            self._made = (self.bias, key, made)
+        return self._made[2]
+
+    def train(self, mode: bool = True) -> "CoefficientParameters":
+        """As of nn.Module; constants are made again."""
+        self._made = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CoefficientParameters":
+        self._made = None
+        return super()._apply(*args, **kwargs)
 
 
 class HeadParameters(nn.Module):

@@ -69,6 +69,12 @@ PER_PASS: dict[str, ModelWay] = {
     for count, run in enumerate((*PASSES, *UNTIMED), start=1)
     if count != len(PASSES)
 }
+RECOMPUTE: dict[str, ModelWay] = {
+    f"ours, recompute={policy}": ModelWay(
+        "mhc", "ops", partial(hc.compile, dynamic=False, recompute=policy)
+    )
+    for policy in ("coefficients", "streams")
+}
 
 
 class Trunk(nn.Module):

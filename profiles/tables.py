@@ -105,6 +105,19 @@ def model_table(records: list[Record]) -> str:
     return markdown(header, rows)
 
 
+def saved_table(records: list[Record]) -> str:
+    """One line a policy and width: what is kept for the backward, in x a sublayer."""
+    parts = ("streams", "coefficients", "branches")
+    rows = [
+        [record["policy"], f"{record['sublayers']} × {record['width']}"]
+        + [number(record[name]) for name in parts]
+        + [str(record["backward_ops"])]
+        for record in records
+    ]
+    header = ["recompute", "sublayers × C", *(f"{name} ÷ x" for name in parts), "backward nodes"]
+    return markdown(header, rows)
+
+
 def best_ms(record: Record) -> float:
     """The CUDA graph's time where there is one."""
     return record["graph_ms"] or record["ms"]
@@ -114,6 +127,7 @@ def render(data: Record) -> str:
     """What the README shows of a recorded run."""
     parts = [f"Measured on {machine_line(data)}: `{data['command']}`."]
     if data["kind"] == "bench_model":
+        parts += [saved_table(data["saved"])] if "saved" in data else []
         return "\n\n".join([*parts, model_table(data["model"])])
     if data["sublayer"]:
         parts.append(sublayer_table(data["sublayer"]))

@@ -1,10 +1,12 @@
 """Time a training step of a dense transformer trunk against its plain residual twin.
 
     python -m scripts.bench_model [--quick] [--width C ...] [--json PATH] [--plot PATH]
+    python -m scripts.bench_model --recompute [--layers N] [--memory-plot PATH]
     python -m scripts.bench_model --render PATH   # the README's table from a recorded run
 
 All ways run in one process and take turns; the step is forward and backward with gradients of the
-input and of all weights. The last line of stdout is the run as JSON.
+input and of all weights. `--recompute` adds the policies of hc_compile/recompute.py and what each
+keeps between forward and backward. The last line of stdout is the run as JSON.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from profiles import tables
 from profiles.capture import capture
 from profiles.dense_net import (
     PER_PASS,
+    RECOMPUTE,
     WAYS,
     ModelWay,
     Net,
+    Trunk,
     interleaved_ms,
     prepare,
     summary,
     warm_compiler,
 )
+from profiles.memory_plot import memory_over_step, plot_memory
+from profiles.saved import saved_by
 from scripts import recorded
 from scripts.bench_ops import note
 
@@ -42,9 +48,9 @@ QUICK_WAYS = ("residual", "ours, hc.compile")
 
 
 def bench_net(
-    net: Net, ways: dict[str, ModelWay], device: str, rounds: int, repeats: int
+    net: Net, ways: dict[str, ModelWay], device: str, rounds: int, repeats: int, memory: bool
 ) -> list[dict]:
-    """Every way on one net; "residual" must be among them."""
+    """Every way on one net; "residual" must be among them. `memory`: also over a step."""
     torch.compiler.reset()
     gc.collect()
     if any(way.compile for way in ways.values()):
@@ -59,10 +65,29 @@ def bench_net(
     for name, runner in runners.items():
         with tempfile.TemporaryDirectory() as folder:
             launches = capture(runner.step, folder, steps=2, memory=False).launches
-        records.append(
-            {"way": name, "width": net.width, "launches": launches}
-            | summary(runner, times[name], times["residual"], device)
-        )
+        record = {"way": name, "width": net.width, "launches": launches}
+        record |= summary(runner, times[name], times["residual"], device)
+        if memory:
+            record["memory"] = memory_over_step(runner.step, device)
+        records.append(record)
+    return records
+
+
+def bench_saved(net: Net, device: str) -> list[dict]:
+    """What each policy keeps for the backward, as a multiple of one x a sublayer."""
+    trunk = Trunk(net, WAYS["ours, hc.compile"], device)
+    h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
+    x = h.unsqueeze(-2).expand(*h.shape[:-1], net.streams, net.width)
+    whole = x.numel() * x.element_size() * 2 * net.layers
+    records = []
+    for policy in ("none", "coefficients", "streams"):
+        note(f"C = {net.width}: partitioning with recompute={policy}")
+        forward, kept = saved_by(trunk, policy, x)
+        torch.autograd.backward(forward(h.requires_grad_()), torch.ones_like(h))
+        parts = {name: getattr(kept, name) for name in ("streams", "coefficients", "branches")}
+        record = {"policy": policy, "width": net.width, "sublayers": 2 * net.layers}
+        record |= {name: size / whole for name, size in parts.items()}
+        records.append(record | {"backward_ops": kept.backward.total()})
     return records
 
 
@@ -70,9 +95,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     """Measure the chosen nets."""
     cuda = args.device.startswith("cuda")
     nets = [NETS[width] for width in args.width] if cuda else [CPU_NET]
+    nets = [replace(net, layers=args.layers or net.layers) for net in nets]
     ways = WAYS | (PER_PASS if args.per_pass else {})
     if args.quick or not cuda:
         ways = {name: way for name, way in ways.items() if name in QUICK_WAYS}
+    ways |= RECOMPUTE if args.recompute else {}
     if args.eager:
         ways = {name: replace(way, compile=None) for name, way in ways.items()}
     rounds, repeats = (2, 5) if args.quick or not cuda else (6, 10)
@@ -83,11 +110,18 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         "model": [],
     }
     for net in nets:
-        data["model"] += bench_net(net, ways, args.device, rounds, repeats)
+        if args.recompute:
+            data.setdefault("saved", []).extend(bench_saved(net, args.device))
+        memory = args.memory_plot is not None
+        data["model"] += bench_net(net, ways, args.device, rounds, repeats, memory)
         if args.json:
             args.json.write_text(json.dumps(data, indent=1) + "\n")
     if args.plot:
         plot(data, args.plot)
+    if args.memory_plot:
+        lines = {f"{r['way']}, C = {r['width']}": r["memory"] for r in data["model"]}
+        title = f"Memory over a step, {nets[0].layers} layers; {tables.machine_line(data)}"
+        plot_memory(lines, title, args.memory_plot)
     return data
 
 
@@ -106,6 +140,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="residual and fused only, few rounds")
     parser.add_argument("--width", type=int, nargs="+", choices=list(NETS), default=list(NETS))
     parser.add_argument("--per-pass", action="store_true", help="also stop after each graph pass")
+    parser.add_argument("--recompute", action="store_true", help="also every recompute policy")
+    parser.add_argument("--layers", type=int, help="blocks of two sublayers; default 2 (CPU: 1)")
+    parser.add_argument("--memory-plot", type=Path, help="write memory over a step here, as PNG")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--plot", type=Path, help="write a PNG here")
     return recorded.parse(parser, argv)

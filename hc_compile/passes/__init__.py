@@ -15,7 +15,7 @@ import custom_ops
 from hc_compile.passes.first_sublayer import first_sublayer
 from hc_compile.passes.fold_norm import fold_norm
 from hc_compile.passes.fuse_post_pre import fuse_post_pre
-from hc_compile.passes.graph import has_ops
+from hc_compile.passes.graph import each, ops
 from hc_compile.passes.last_sublayer import last_sublayer
 from hc_compile.passes.link_ghosts import link_ghosts
 
@@ -45,23 +45,17 @@ class PassPipeline(CustomGraphPass):
         self.identity = self.uuid()  # pickled into the cache key where uuid() is not asked for
 
     def __call__(self, graph: Graph) -> None:
-        if has_ops(graph) and any([run(graph) for run in self.passes]):
+        if ops(graph) and any([run(graph) for run in self.passes]):
             graph.lint()
-        for run in _each(self.then):
+        for run in each(self.then):
             run(graph)
 
     def uuid(self) -> Any | None:
         own = (get_hash_for_files(_sources()), *(run.__name__ for run in self.passes))
         theirs = [
-            run.uuid() if isinstance(run, CustomGraphPass) else None for run in _each(self.then)
+            run.uuid() if isinstance(run, CustomGraphPass) else None for run in each(self.then)
         ]
         return None if None in theirs else (*own, *theirs)
-
-
-def _each(passes: Any) -> tuple[Callable, ...]:
-    if passes is None:
-        return ()
-    return tuple(passes) if isinstance(passes, list | tuple) else (passes,)
 
 
 def without_pipeline(passes: Any) -> Any:

@@ -1,7 +1,8 @@
 """What every pass needs: recognise nodes, read their arguments, emit new ones, and stay safe.
 
 Dynamo leaves every node's fake result in `meta["example_value"]`: shapes, and by its version
-whether something writes it in place. A graph without that metadata counts as functional.
+whether something writes it in place. torch.export leaves it in `meta["val"]` without a version;
+its graphs consist of overloads, whose schemas say what they write.
 """
 
 import operator
@@ -16,9 +17,16 @@ from torch.fx.node import map_arg
 RESHAPES = ("flatten", "unflatten")  # of contiguous tensors: the order of the elements stays
 
 
-def has_ops(graph: Graph) -> bool:
-    """Whether the graph calls any hc:: op."""
-    return any(getattr(node.target, "__module__", "") == "torch._ops.hc" for node in graph.nodes)
+def ops(graph: Graph) -> list[Node]:
+    """The graph's calls of hc:: ops, in order."""
+    return [n for n in graph.nodes if getattr(n.target, "__module__", "") == "torch._ops.hc"]
+
+
+def each(passes: Any) -> tuple[Callable, ...]:
+    """The passes in one of Inductor's settings: none, one, or (from torch 2.13) several."""
+    if passes is None:
+        return ()
+    return tuple(passes) if isinstance(passes, list | tuple) else (passes,)
 
 
 def is_op(node: object, name: str) -> bool:
@@ -35,6 +43,8 @@ def is_call(node: object, *names: str) -> bool:
         return False
     if node.op == "call_method":
         return node.target in names
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace == "aten" and node.target.overloadpacket.__name__ in names
     return node.op == "call_function" and any(
         node.target is getattr(home, name, node) for name in names for home in (torch, operator)
     )
@@ -54,7 +64,7 @@ def skip_reshapes(node: Any) -> Any:
     Merged fractions that are split again are such.
     """
     origin: Any = node
-    while isinstance(origin, Node) and origin.op == "call_method" and origin.target in RESHAPES:
+    while is_call(origin, *RESHAPES):
         origin = origin.args[0]
     if origin is node or not _same_shape(origin, node):
         return node
@@ -121,7 +131,7 @@ def emit(graph: Graph, target: Callable | str, *args: Any, **kwargs: Any) -> Nod
 
 def value(node: Node) -> Any:
     """The node's fake result, None where there is none."""
-    return node.meta.get("example_value")
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def erase_unused(graph: Graph, *nodes: Node | None) -> None:
@@ -133,7 +143,33 @@ def erase_unused(graph: Graph, *nodes: Node | None) -> None:
 
 def untouched(*nodes: object) -> bool:
     """Whether nothing in the graph writes these values in place, directly or through a view."""
-    return all(_version(value(node)) == 0 for node in nodes if isinstance(node, Node))
+    return not any(
+        _version(value(node)) or ("example_value" not in node.meta and _is_written(node))
+        for node in nodes
+        if isinstance(node, Node)
+    )
+
+
+def _is_written(node: Node) -> bool:
+    """Whether an overload writes the memory that the node's value lies in."""
+    base = _base(node)
+    return any(_base(arg) is base for user in node.graph.nodes for arg in _written_by(user))
+
+
+def _written_by(node: Node) -> list[Node]:
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
+    given |= node.kwargs
+    written = (given.get(a.name) for a in node.target._schema.arguments if a.is_write)
+    return [arg for arg in written if isinstance(arg, Node)]
+
+
+def _base(node: Node) -> Node:
+    """What a view looks at."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _version(fake: Any) -> int:

@@ -1,0 +1,97 @@
+"""Seconds of a network's first forward and backward, and the compiler's parts of them.
+
+Run as a program by scripts/bench_compile_time.py, each way in a process and caches of its own:
+`python -m profiles.compile_time WAY LAYERS DEVICE [traced]` prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import cumulative_time_spent_ns
+
+import hc_compile as hc
+from hc_compile.backend import hc_inductor
+from profiles.dense_net import ModelWay, Net, Trunk, cold_caches, warm_compiler
+from profiles.saved import saved_by
+from profiles.timing import synchronize
+
+GPU_NET = Net(2560, heads=20, ffn=6912, batch=1)
+CPU_NET = Net(32, heads=2, ffn=64, batch=2, length=16)
+WAYS = ("residual", "mHC", "residual, regional", "mHC, regional", "mHC, recompute=streams")
+TIMERS = (  # torch's own; the first two hold the forward's part of the last two
+    "entire_frame_compile",
+    "backend_compile",
+    "entire_backward_compile",
+    "inductor_compile",
+    "async_compile.wait",
+)
+
+
+class Regional(torch.nn.Module):
+    """A trunk whose blocks are graphs of their own; a carried state has the seam in the next."""
+
+    def __init__(self, trunk: Trunk):
+        super().__init__()
+        self.trunk = trunk
+        for block in trunk.blocks:
+            block.compile(backend=hc_inductor, dynamic=False, fullgraph=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """As of Trunk."""
+        trunk, state = self.trunk, hc.StreamState(self.trunk.expand(h))
+        for block in trunk.blocks:
+            state = block(state, trunk.cos, trunk.sin)
+        return trunk.norm(trunk.reduce(state))
+
+
+def measure(way: str, layers: int, device: str, traced: bool = False) -> dict:
+    """Build one way, run its first step, and say where the seconds went.
+
+    traced: stop before Inductor; the partitioned graphs run as they are.
+    """
+    net = replace(GPU_NET if device.startswith("cuda") else CPU_NET, layers=layers)
+    torch.manual_seed(0)
+    preset = "residual" if way.startswith("residual") else "mhc"
+    trunk = Trunk(net, ModelWay(preset, "ops", None), device)
+    h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
+    leaves = [h.requires_grad_(), *trunk.parameters()]
+    if "regional" in way:
+        forward = Regional(trunk)
+    else:
+        recompute = "streams" if "streams" in way else "none"
+        if traced:
+            forward = saved_by(trunk, recompute, trunk.expand(h.detach()))[0]
+        else:
+            forward = hc.compile(trunk, recompute=recompute, dynamic=False, fullgraph=True)
+    if not traced:
+        warm_compiler(device)
+    cumulative_time_spent_ns.clear()
+    with cold_caches():
+        began, own = time.perf_counter(), time.process_time()
+        torch.autograd.grad(forward(h), leaves, torch.ones_like(h))
+        synchronize(device)
+        whole, own = time.perf_counter() - began, time.process_time() - own
+    return {"way": way, "layers": layers, "seconds": whole, "cpu_seconds": own} | _parts()
+
+
+def _parts() -> dict[str, float]:
+    """Seconds in Dynamo, in AOTAutograd with the graph passes, in Inductor, in building code."""
+    spent = {name: nanoseconds / 1e9 for name, nanoseconds in cumulative_time_spent_ns.items()}
+    frames, backend, backward, inductor, build = (spent.get(name, 0.0) for name in TIMERS)
+    return {
+        "dynamo": frames - backend,
+        "aot": backend + backward - inductor,
+        "inductor": inductor - build,
+        "build": build,
+    }
+
+
+if __name__ == "__main__":
+    way, layers, device, *traced = sys.argv[1:]
+    print(json.dumps(measure(way, int(layers), device, bool(traced))))

@@ -1,0 +1,71 @@
+"""The graphs a GPU would get, kernels and all, partitioned without one: what is kept, what runs.
+
+Run as a program (`python -m tests.partitioned 8 streams`), because it replaces Triton's driver:
+CPU tensors are traced as if they were on a device, and nothing runs. Prints one JSON object.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+import hc_compile as hc
+from profiles import saved
+from tests.ahead_of_time import Driver
+from tests.test_presets import Net, draw
+
+WIDTH, TOKENS = 64, 48
+
+
+class Done(Exception):
+    """The partition is known."""
+
+
+def kernel_counts(graph):
+    """Launches by kernel name."""
+    counts = {}
+    for node in graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            name = getattr(kernel, "fn", kernel).__name__
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def main(layers: int, policy: str) -> None:
+    """Print what a net of bf16 streams keeps and launches under a policy."""
+    triton.runtime.driver.set_active(Driver(90))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("custom_ops.") and hasattr(module, "use_triton"):
+            module.use_triton = lambda x: x.dtype != torch.float64
+    net = Net(hc.HCConfig(WIDTH, 4, "mhc"), layers)
+    for name, parameter in net.named_parameters():
+        if "coefficients" not in name:
+            parameter.data = parameter.data.bfloat16()
+    x = torch.empty(TOKENS, 4, WIDTH, dtype=torch.bfloat16)
+    counted = saved._count
+
+    def count(forward, backward, outputs, streams, found):
+        counted(forward, backward, outputs, streams, found)
+        kept = found.streams / (x.numel() * x.element_size())
+        kernels = {
+            "forward": kernel_counts(forward.graph),
+            "backward": kernel_counts(backward.graph),
+        }
+        print(json.dumps({"kept": kept, **kernels}))
+        raise Done
+
+    saved._count = count
+    forward, _ = saved.saved_by(net, policy, x)
+    try:
+        forward(draw(TOKENS, WIDTH).bfloat16().requires_grad_())
+    except (Done, BackendCompilerFailed) as error:
+        if "Done" not in repr(error) + repr(error.__cause__):
+            raise
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
