@@ -191,8 +191,9 @@ def read_weights(state: StreamState) -> Tensor:
     """The pre handed on by the sublayer before; stream 0 alone where there was none."""
     if state.pre is not None:
         return state.pre
-    one = state.x.new_ones(1, dtype=reference.compute_dtype(state.x))
-    return torch.nn.functional.pad(one, (0, state.x.shape[-2] - 1))
+    x = state.x  # not x.new_ones: in a graph that would be one more user of the streams
+    one = torch.ones(1, dtype=reference.compute_dtype(x), device=x.device)
+    return torch.nn.functional.pad(one, (0, x.shape[-2] - 1))
 
 
 def expand_streams(h: Tensor, cfg: HCConfig) -> Tensor:

@@ -13,9 +13,13 @@ python="${PYTHON:-python}" workers="${WORKERS:-8}"
 
 declare -A limit=(
     [gate]=120 [small]=110 [sublayer]=260 [ops]=160 [seam]=60 [model]=260 [tests]=420
-    [inference]=180 [compat]=200 [layers]=160 [paths]=200 [quickstart]=200
+    [recompute]=200 [compile]=300 [inference]=180 [compat]=200 [layers]=160 [paths]=200
+    [quickstart]=200
 )
-order=(gate small sublayer ops seam model tests inference compat layers paths quickstart)
+order=(
+    gate small sublayer ops seam model tests recompute inference compat layers paths quickstart
+    compile
+)
 
 bench() { # NAME SCRIPT [arguments]: one benchmark, recorded
     local name=$1 script=$2
@@ -34,10 +38,14 @@ step() {
         seam) bench seam bench_ops --tables seam ;;
         model) bench model bench_model --per-pass --plot "$out/model.png" ;;
         tests) gpu_tests tests ;;
+        recompute) bench recompute bench_model --quick --width 2560 --layers 8 --recompute \
+            --memory-plot "$out/memory.png" ;;
+        compile) bench compile bench_compile_time --layers 32 ;;
         inference) bench inference bench_inference --presets residual mhc mhc-v4.1 ;;
         compat) bench compat bench_compat ;;
         layers) bench layers bench_layers ;;
-        paths) "$python" -m scripts.profile_paths --out "$out/paths" ;;
+        paths) "$python" -m scripts.profile_paths --steps 50 --out "$out/paths" \
+            ${COMMIT:+--commit "$COMMIT"} ;;
         quickstart) "$python" -m scripts.quickstart --steps 60 --out "$out/quickstart" ;;
     esac
 }

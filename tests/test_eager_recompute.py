@@ -40,7 +40,7 @@ def recomputed(function, policy, sublayers=None):
     return run
 
 
-@pytest.mark.parametrize("name", ["mhc", "shc", "dhc", "fhc"])
+@pytest.mark.parametrize("name", ["mhc", "mhc-v4.1", "shc", "dhc", "fhc"])
 @pytest.mark.parametrize("policy", ["none", "coefficients", "streams", 2 * ONE])
 def test_nothing_changes(name, policy):
     net, h = net_and_input(name, 4, layers=5)

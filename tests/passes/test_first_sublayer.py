@@ -28,8 +28,9 @@ def test_the_streams_are_never_made(name):
     assert (*h.shape[:-1], 4, DIM) not in saved
 
 
-def test_carried_state_reads_one_stream_too():
-    net, h = net_and_input("mhc", 4)
+@pytest.mark.parametrize("name, aggregates", [("mhc", 1), ("mhc-v4.1", 2)])
+def test_carried_state_reads_one_stream_too(name, aggregates):
+    net, h = net_and_input(name, 4)
 
     def function(h):
         state = hc.StreamState(net.expand(h))
@@ -39,7 +40,8 @@ def test_carried_state_reads_one_stream_too():
 
     compiled = with_passes(function, [first_sublayer], counts=(counts := {}))
     assert_equal(results(compiled, net, h), results(function, net, h))
-    assert counts == ONE_READ | {"pre": 1, "post": 2, "post_pre": 1}
+    made = {"pre": 1, "post": 2, "post_pre": 1, "aggregate": aggregates}
+    assert counts == ONE_READ | made
 
 
 def test_several_reads_of_the_same_copies():

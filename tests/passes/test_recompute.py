@@ -32,6 +32,8 @@ ONE = X.numel() * X.element_size()
         ("mhc", "streams", 1),
         ("shc", "streams", 1),
         ("fhc", "streams", 1),
+        ("mhc-v4.1", "none", 3),
+        ("mhc-v4.1", "streams", 1),
     ],
 )
 def test_nothing_changes_and_less_is_kept(name, policy, streams):
