@@ -199,8 +199,8 @@ def constrain(
     """pre [T, V, n], post [T, W, n] and res [T, n, n]; with split-K partials also their sums.
 
     Args:
-        p: [T, M] or one row a stream [T, n, M/n]; with splits > 1 [S, T, ...].
-        ss: [T] or [T, n]; with splits > 1 [S, T, ...].
+        p: [T, M] or one row a stream [T, n, M/n]; with splits > 1 [≥ S, T, ...].
+        ss: [T] or [T, n]; with splits > 1 [≥ S, T, ...].
         alpha: [3].
         bias: [M].
         width: number of elements under the norm.
@@ -209,7 +209,7 @@ def constrain(
     """
     tokens = ss.shape[1] if splits > 1 else ss.shape[0]
     pre, post, res = constant_parts(p, tokens, c)
-    sums = (torch.empty_like(p[0]), torch.empty_like(ss[0])) if splits > 1 else ()
+    sums = (p.new_empty(p.shape[1:]), ss.new_empty(ss.shape[1:])) if splits > 1 else ()
     block, warps = tile_of(FORWARD, c)
     launch(
         hc_constrain_kernel, (triton.cdiv(tokens, block),),

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from custom_ops.kernels.launch import INTERPRETED, launch
 from custom_ops.kernels.mix import packed_mix
-from custom_ops.kernels.project import sum_slots
+from custom_ops.kernels.slots import sum_slots
 
 
 @triton.jit
