@@ -238,8 +238,8 @@ def constrain_backward(
     block, warps = tile_of(BACKWARD, c)
     slots = triton.cdiv(tokens, block)
     absent = 0 in c.sizes
-    shape = (slots, c.total + 3)
-    partial = p.new_zeros(shape) if absent else p.new_empty(shape)
+    size = slots * (c.total + 3)  # flat: a dimension of `slots` would be guarded on, being 1 or not
+    partial = p.new_zeros(size) if absent else p.new_empty(size)
     launch(
         hc_constrain_backward_kernel, (slots,),
         dpre, dpost, dres, p, ss, alpha, bias, dp, dss, partial, tokens,
