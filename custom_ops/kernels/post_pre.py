@@ -7,9 +7,10 @@ import triton.language as tl
 
 from custom_ops.constraint import Constraint
 from custom_ops.kernels.constrain import constrain
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.project import project_operand
 from custom_ops.kernels.slots import sum_turns, turns_apart
+from custom_ops.kernels.tile import padded
 
 
 @triton.jit
@@ -132,13 +133,13 @@ def post_project(
     splits = max(1, min(4, count * width // 1024))
     out = torch.empty_like(x)
     u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
-    turns = triton.cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
+    turns = cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
     slots, few = turns_apart(turns, tokens)
     p = phi.new_empty(slots * splits, tokens, coefficients)
     ss = phi.new_empty(slots * splits, tokens)
     launch(
         hc_post_project,
-        (triton.cdiv(tokens, tile["BLOCK_T"]) * splits * slots,),
+        (cdiv(tokens, tile["BLOCK_T"]) * splits * slots,),
         x,
         y,
         post,
@@ -167,7 +168,7 @@ def post_project_tile(coefficients: int, operand: torch.dtype) -> dict:
     """Tile of `post_project`, from M and the type its operands have in the tensor cores."""
     half = operand == torch.bfloat16
     return {
-        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),
+        "BLOCK_M": max(16, padded(coefficients)),
         "BLOCK_T": 64 if half else 32,
         "BLOCK_C": 64 if half else 32,
         "STAGES": 3 if half else 2,

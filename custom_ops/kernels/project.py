@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, launch
+from custom_ops.kernels.launch import INTERPRETED, cdiv, launch
 from custom_ops.kernels.slots import hc_places, sum_turns, turns_apart
+from custom_ops.kernels.tile import padded
 
 PRECISIONS = ("bf16", "bf16x2", "tf32", "ieee")
 COEFFICIENT_TILE = 128  # more coefficients than this take another read of x
@@ -144,7 +145,7 @@ def project_operand(phi: torch.Tensor, dtype: torch.dtype, precision: str):
     total = phi.numel()
     launch(
         hc_project_split,
-        (triton.cdiv(total, 1024),),
+        (cdiv(total, 1024),),
         phi,
         parts,
         total,
@@ -169,27 +170,27 @@ def project(
     operand, halves, dot = project_operand(phi, x.dtype, precision)
     tile = project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, depth // 1024))
-    turns = triton.cdiv(depth, splits * tile["BLOCK_K"])
+    turns = cdiv(depth, splits * tile["BLOCK_K"])
     # With φ whole the compiler may add the turns within the tensor cores: then all in one slot.
     slots, few = turns_apart(turns if halves == 2 and splits > 1 else 1, tokens)
     parts = [x.new_empty(slots * splits, tokens, coefficients, dtype=torch.float32)]
     parts.append(x.new_empty(slots * splits, tokens, dtype=torch.float32))
-    columns = triton.cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])
+    columns = cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])
     meta = {"M": coefficients, "HALVES": halves, "DOT": dot, "SPLITS": splits, **tile}
-    grid = (triton.cdiv(tokens, tile["BLOCK_T"]) * splits * slots, columns)
+    grid = (cdiv(tokens, tile["BLOCK_T"]) * splits * slots, columns)
     launch(hc_project, grid, x, operand, *parts, tokens, depth, slots, **meta)
     sum_turns(*parts, splits, slots, few)
     p = x.new_empty(tokens, coefficients, dtype=torch.float32)
     ss = x.new_empty(tokens, dtype=torch.float32)
     meta = {"M": coefficients, "SPLITS": splits, "BLOCK": 128, "num_warps": 4}
-    grid = (triton.cdiv(tokens * (coefficients + 1), 128),)
+    grid = (cdiv(tokens * (coefficients + 1), 128),)
     launch(hc_project_sum, grid, *parts, p, ss, tokens, **meta)
     return p, ss
 
 
 def project_tile(coefficients: int, operand: torch.dtype) -> dict:
     """Tile of `project`, from M and the type its operands have in the tensor cores."""
-    block_m = max(16, triton.next_power_of_2(coefficients))
+    block_m = max(16, padded(coefficients))
     if operand == torch.float32:
         return {
             "BLOCK_M": min(64, block_m),
@@ -201,7 +202,7 @@ def project_tile(coefficients: int, operand: torch.dtype) -> dict:
         }
     tail = 0
     if 32 < coefficients <= 128:  # 80 coefficients are 64 + 16, not 128
-        tail = max(16, triton.next_power_of_2(coefficients - block_m // 2))
+        tail = max(16, padded(coefficients - block_m // 2))
         block_m, tail = (block_m, 0) if 2 * tail >= block_m else (block_m // 2, tail)
     wide = block_m + tail > 48
     return {

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 
 FEW_TOKENS = 64  # up to this many, every turn is a program
 
@@ -66,10 +66,12 @@ def turns_apart(turns: int, tokens) -> tuple:
 def sum_turns(p: torch.Tensor, ss: torch.Tensor, spans: int, turns, few) -> None:
     """Add the slots of p [turns·S, T, M] and ss [turns·S, T], turn by turn, into the first S.
 
-    Without slots to add (`few` = 0) the grid is empty and nothing is launched.
+    Without slots to add (`few` = 0) the grid is empty, which launches nothing.
     """
+    if isinstance(few, int) and not few:
+        return  # a symbol is not asked: that would be a guard
     rows, coefficients = spans * p.shape[-2], p.shape[-1]
-    grid = (triton.cdiv(rows * (coefficients + 1), 128) * few,)
+    grid = (cdiv(rows * (coefficients + 1), 128) * few,)
     launch(hc_sum_turns, grid, p, ss, rows, turns, M=coefficients, BLOCK=128, num_warps=4)
 
 
@@ -77,6 +79,6 @@ def sum_slots(parts: torch.Tensor) -> torch.Tensor:
     """Σ_s parts_s, in a fixed order."""
     out = torch.empty_like(parts[0])
     total = out.numel()
-    grid = (triton.cdiv(total, 512),)
+    grid = (cdiv(total, 512),)
     launch(hc_sum_slots, grid, parts, out, total, parts.shape[0], BLOCK=512, num_warps=4)
     return out
