@@ -96,13 +96,13 @@ def hc_post_project(
             phi = tl.load(phi_rows + (i * width + c), mask=phi_mask, other=0.0)
             turned = tl.trans(written.to(phi.dtype))  # φ on the left: x' then goes in as it lies
             product = tl.dot(phi, turned, product, input_precision=DOT)
+        if carried_ptr is not None:
+            u_rows = u_ptr + t_offs[:, None] * width + c_offs[None, :]
+            tl.store(u_rows + c, u.to(u_ptr.dtype.element_ty), mask=mask)
         if HALVES == 2:  # finished here: the tensor cores are done with this turn's buffers
             product = tl.sum(tl.reshape(product, [BLOCK_M, 2, BLOCK_T]), axis=1)
         p += product
         squares += turn_squares
-        if carried_ptr is not None:
-            u_rows = u_ptr + t_offs[:, None] * width + c_offs[None, :]
-            tl.store(u_rows + c, u.to(u_ptr.dtype.element_ty), mask=mask)
     slot = place.to(tl.int64) * tokens + t_offs
     m_offs = tl.arange(0, BLOCK_M)
     mask = t_mask[None, :] & (m_offs < M)[:, None]
