@@ -2,7 +2,7 @@
 
 Legend: T tokens, n streams, C width of a stream, K = n·C, M coefficients a token, V views, W
 branch outputs. A tile depends on (n, C, dtype) and never on T, so nothing recompiles when the
-number of tokens changes.
+number of tokens changes; how many programs share a row may depend on T (slots.py).
 """
 
 import torch

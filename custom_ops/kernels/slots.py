@@ -59,6 +59,8 @@ def turns_apart(turns: int, tokens) -> tuple:
     Arithmetic on `tokens`, no branch: under a dynamic compile it is a symbol that must not be
     guarded on.
     """
+    if turns == 1:
+        return 1, 0
     few = torch.sym_max(0, torch.sym_min(1, FEW_TOKENS + 1 - tokens))
     return 1 + (turns - 1) * few, few
 
