@@ -130,7 +130,9 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def flat(t: Tensor, keep: int) -> Tensor:
     """`t` with its leading dimensions flattened to one and the last `keep` kept, contiguous."""
-    return t.reshape(-1, *t.shape[t.dim() - keep :]).contiguous()
+    if t.dim() != keep + 1:
+        t = t.reshape(-1, *t.shape[t.dim() - keep :])
+    return t.contiguous()
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ RUNS = {
     (90, "four"): 45,
     (90, "others"): 45,
     (90, "coefficients"): 30,
-    (90, "boundary"): 19,
+    (90, "boundary"): 21,
     (80, "main"): 20,
     (100, "main"): 20,
 }

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch, plane_tile, row_tile
+from custom_ops.kernels.launch import cdiv, launch, plane_tile, row_tile
 from custom_ops.kernels.pre_backward import aggregate_dots
 
 
@@ -95,7 +95,7 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
     tile = plane_tile(width)
     launch(
         hc_aggregate,
-        (tokens * triton.cdiv(width, tile["BLOCK_C"]),),
+        (tokens * cdiv(width, tile["BLOCK_C"]),),
         x,
         weight,
         out,

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
+from custom_ops.kernels.tile import padded
 
 MOST_STREAMS = 8
 WIDEST = 16_384
@@ -124,7 +125,7 @@ def hc_sum_rows(parts_ptr, out_ptr, slots, width, ROWS: tl.constexpr, COLUMNS: t
 
 def norm_tile(width: int) -> dict:
     """A whole row of C elements, 16 a thread."""
-    block = max(128, triton.next_power_of_2(width))
+    block = max(128, padded(width))
     return {"BLOCK_C": block, "num_warps": max(1, min(32, block // 512))}
 
 
@@ -170,6 +171,6 @@ def aggregate_norm_backward(
     launch(hc_aggregate_norm_backward, (PROGRAMS,), *arguments, tokens, width, **meta)
     sums = [pre.new_empty(width) for _ in shares]
     for share, out in zip(shares, sums, strict=True):
-        grid = (triton.cdiv(width, 32),)
+        grid = (cdiv(width, 32),)
         launch(hc_sum_rows, grid, share, out, PROGRAMS, width, ROWS=64, COLUMNS=32, num_warps=4)
     return du, dots, sums[0], sums[1] if has_shift else pre.new_empty(0)

@@ -27,7 +27,7 @@ from custom_ops.kernels.constrain_parts import (
     hc_total,
 )
 from custom_ops.kernels.kronecker import hc_kronecker_backward, hc_kronecker_store
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.permutation import hc_permutation_backward, hc_permutation_store
 from custom_ops.kernels.tile import hc_offsets, hc_tokens, hc_valid, padded
 
@@ -204,8 +204,8 @@ def constrain(
     """pre [T, V, n], post [T, W, n] and res [T, n, n]; with split-K partials also their sums.
 
     Args:
-        p: [T, M] or one row a stream [T, n, M/n]; with splits > 1 [S, T, ...].
-        ss: [T] or [T, n]; with splits > 1 [S, T, ...].
+        p: [T, M] or one row a stream [T, n, M/n]; with splits > 1 [≥ S, T, ...].
+        ss: [T] or [T, n]; with splits > 1 [≥ S, T, ...].
         alpha: [3].
         bias: [M].
         width: number of elements under the norm.
@@ -214,10 +214,10 @@ def constrain(
     """
     tokens = ss.shape[1] if splits > 1 else ss.shape[0]
     pre, post, res = constant_parts(p, tokens, c)
-    sums = (torch.empty_like(p[0]), torch.empty_like(ss[0])) if splits > 1 else ()
+    sums = (p.new_empty(p.shape[1:]), ss.new_empty(ss.shape[1:])) if splits > 1 else ()
     block, warps = tile_of(FORWARD, c)
     launch(
-        hc_constrain_kernel, (triton.cdiv(tokens, block),),
+        hc_constrain_kernel, (cdiv(tokens, block),),
         p, ss, alpha, bias, pre, post, res, *(sums or (None, None)), tokens,
         BT=block, SPLITS=splits, **choices_of(c, width), num_warps=warps,
     )  # fmt: skip
@@ -241,10 +241,12 @@ def constrain_backward(
     dalpha = alpha.new_empty((3,), dtype=torch.float32)
     dbias = bias.new_empty((c.total,), dtype=torch.float32)
     block, warps = tile_of(BACKWARD, c)
-    slots = triton.cdiv(tokens, block)
+    slots = cdiv(tokens, block)
     absent = 0 in c.sizes
-    shape = (slots, c.total + 3)
-    partial = p.new_zeros(shape) if absent else p.new_empty(shape)
+    size = slots * (
+        c.total + 3
+    )  # flat: a dimension of `slots` would be guarded on, being 1 or not
+    partial = p.new_zeros(size) if absent else p.new_empty(size)
     launch(
         hc_constrain_backward_kernel, (slots,),
         dpre, dpost, dres, p, ss, alpha, bias, dp, dss, partial, tokens,
@@ -252,7 +254,7 @@ def constrain_backward(
     )  # fmt: skip
     columns = 8
     launch(
-        hc_constrain_slots_kernel, (triton.cdiv(c.total + 3, columns),),
+        hc_constrain_slots_kernel, (cdiv(c.total + 3, columns),),
         partial, dalpha, dbias, slots,
         M=c.total, COLUMNS=columns, ROWS=128, num_warps=4,
     )  # fmt: skip

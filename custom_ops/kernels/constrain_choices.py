@@ -1,9 +1,12 @@
 """What the constrain kernels are compiled for: the record as tuples, and the tile sizes."""
 
+from functools import lru_cache
+
 from custom_ops.constraint import Constraint
 from custom_ops.kernels.tile import padded
 
 
+@lru_cache(maxsize=1024)
 def parts_of(c: Constraint) -> tuple:
     """The three compile-time part tuples of a record."""
     n = c.streams

@@ -2,11 +2,10 @@
 
 Legend: T tokens, n streams, C width of a stream, K = n·C, M coefficients a token, V views, W
 branch outputs. A tile depends on (n, C, dtype) and never on T, so nothing recompiles when the
-number of tokens changes.
+number of tokens changes; how many programs share a row may depend on T (slots.py).
 """
 
 import torch
-import triton
 
 from custom_ops.kernels.analysis import remember
 from custom_ops.registration import INTERPRETED
@@ -21,6 +20,11 @@ def launch(kernel, grid, *args, **meta) -> None:
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
 
 
+def cdiv(size, block):
+    """ceil(size / block) of ints and symbols; Triton's own is wrapped for its compiler."""
+    return (size + block - 1) // block
+
+
 def before_hopper(device: torch.device) -> bool:
     """Whether the device lacks tensor cores that read and add in the background (sm_90 on)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
@@ -31,7 +35,7 @@ def column_block(width: int, limit: int, least: int = 128) -> int:
     best = least
     block = least
     while block <= limit:
-        if triton.cdiv(width, block) * block <= triton.cdiv(width, best) * best:
+        if cdiv(width, block) * block <= cdiv(width, best) * best:
             best = block
         block *= 2
     return best

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -49,14 +49,14 @@ def packed_mix(
     has_g: bool,
     block_t: int,
 ) -> torch.Tensor:
-    """[tiles, n² + V·n + 1, block_t]: res (if has_g), pre and 2·dss, 0 for tokens beyond T."""
+    """[tiles, n² + V·n + 1, block_t], flat: res (if has_g), pre, 2·dss; 0 for tokens beyond T."""
     tokens = dss.shape[0]
     count = (streams * streams if has_g else 0) + views * streams + 1
-    tiles = triton.cdiv(tokens, block_t)
-    mix = dss.new_empty(tiles, count, block_t)
+    tiles = cdiv(tokens, block_t)
+    mix = dss.new_empty(tiles * count * block_t)  # flat: `tiles` alone would be guarded on
     launch(
         hc_pre_mix,
-        (tiles, triton.cdiv(count, 32)),
+        (tiles, cdiv(count, 32)),
         *(pre, dss, res, mix, tokens),
         N=streams,
         V=views,

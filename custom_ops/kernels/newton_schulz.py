@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.newton_schulz_tiled import (
     newton_schulz_tiled,
     newton_schulz_tiled_backward,
@@ -175,7 +175,7 @@ def newton_schulz(matrix: Tensor, schedule: tuple, eps: float = 1e-7) -> Tensor:
     out = torch.empty_like(matrix)
     block, warps = FORWARD[padded(n)]
     launch(
-        hc_newton_schulz_kernel, (triton.cdiv(tokens, block),), matrix, out, tokens,
+        hc_newton_schulz_kernel, (cdiv(tokens, block),), matrix, out, tokens,
         n=n, N=padded(n), BT=block, EPS=eps, SCHEDULE=schedule, num_warps=warps,
     )  # fmt: skip
     return out
@@ -191,7 +191,7 @@ def newton_schulz_backward(
     out = torch.empty_like(matrix)
     block, warps = BACKWARD[padded(n)]
     launch(
-        hc_newton_schulz_backward_kernel, (triton.cdiv(tokens, block),), grad, matrix, out, tokens,
+        hc_newton_schulz_backward_kernel, (cdiv(tokens, block),), grad, matrix, out, tokens,
         n=n, N=padded(n), BT=block, EPS=eps, SCHEDULE=schedule, num_warps=warps,
     )  # fmt: skip
     return out

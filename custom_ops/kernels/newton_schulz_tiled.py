@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.tile import padded
 
 
@@ -60,7 +60,7 @@ def product(
     n = left.shape[-1]
     out = torch.empty_like(left)
     block = min(max(padded(n), 16), 64)
-    tiles = triton.cdiv(n, block)
+    tiles = cdiv(n, block)
     launch(
         hc_matrix_product_kernel, (left.shape[0], tiles, tiles),
         left, right, add, out, float(scale), float(add_scale),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.aggregate import weighted_sum
-from custom_ops.kernels.launch import launch, plane_tile, row_tile
+from custom_ops.kernels.launch import cdiv, launch, plane_tile, row_tile
 from custom_ops.kernels.pre_backward import aggregate_dots
 
 FUSED_STREAMS = 8  # beyond these the n² sums of post_backward leave the registers
@@ -126,7 +126,7 @@ def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
     tile = plane_tile(width)
     launch(
         hc_post,
-        (tokens * triton.cdiv(width, tile["BLOCK_C"]),),
+        (tokens * cdiv(width, tile["BLOCK_C"]),),
         x,
         y,
         post,

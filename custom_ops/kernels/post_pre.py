@@ -7,8 +7,10 @@ import triton.language as tl
 
 from custom_ops.constraint import Constraint
 from custom_ops.kernels.constrain import constrain
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.project import project_operand
+from custom_ops.kernels.slots import sum_turns, turns_apart
+from custom_ops.kernels.tile import padded
 
 
 @triton.jit
@@ -21,7 +23,7 @@ def hc_columns_of(ptr, t_offs, t_mask, COUNT: tl.constexpr):
     return columns
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def hc_post_project(
     x_ptr,
     y_ptr,
@@ -35,6 +37,7 @@ def hc_post_project(
     ss_ptr,
     tokens,
     width,
+    slots,
     N: tl.constexpr,
     M: tl.constexpr,
     HALVES: tl.constexpr,
@@ -45,12 +48,13 @@ def hc_post_project(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x' of BLOCK_T tokens over one of SPLITS spans of C, and the span's share of p and Σx'².
+    """x' of BLOCK_T tokens over a slot of one of SPLITS spans of C, and its share of p and Σx'².
 
-    With `carried` also u = Σ_i carried_i x'_i, so that x' is never read again.
+    A span has one slot or one for each of its turns (see slots.py). With `carried` also
+    u = Σ_i carried_i x'_i, so that x' is never read again.
     """
-    split = tl.program_id(0) % SPLITS
-    t_offs = (tl.program_id(0) // SPLITS).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    place = tl.program_id(0) % (slots * SPLITS)
+    t_offs = (tl.program_id(0) // (slots * SPLITS)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = t_offs < tokens
     c_offs = tl.arange(0, BLOCK_C)
     row_offs = tl.arange(0, BLOCK_M * HALVES)
@@ -64,9 +68,10 @@ def hc_post_project(
         carried = hc_columns_of(carried_ptr, t_offs, t_mask, N)
     p = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
-    span = tl.cdiv(width, SPLITS * BLOCK_C) * BLOCK_C
-    start = split * span
-    for c in tl.range(start, tl.minimum(start + span, width), BLOCK_C, num_stages=STAGES):
+    turns = tl.cdiv(width, SPLITS * BLOCK_C)  # of a span
+    start = (place % SPLITS * turns + place // SPLITS) * BLOCK_C
+    end = tl.minimum(start + turns // slots * BLOCK_C, width)
+    for c in tl.range(start, end, BLOCK_C, num_stages=STAGES):
         c_mask = c + c_offs < width
         mask = t_mask[:, None] & c_mask[None, :]
         y_tile = tl.load(y_rows + c, mask=mask, other=0.0)
@@ -75,6 +80,7 @@ def hc_post_project(
             x_tile = tl.load(x_ptr + rows + (j * width + c), mask=mask, other=0.0)
             x_tiles = x_tiles + (x_tile,)
         product = tl.zeros([BLOCK_M * HALVES, BLOCK_T], tl.float32)
+        turn_squares = tl.zeros([BLOCK_T], tl.float32)
         phi_mask = row_mask[:, None] & c_mask[None, :]
         u = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for i in tl.static_range(N):
@@ -84,19 +90,20 @@ def hc_post_project(
             written = wide.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + rows + (i * width + c), written, mask=mask)
             wide = written.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
+            turn_squares += tl.sum(wide * wide, axis=1)
             if carried_ptr is not None:
                 u += carried[i] * wide
             phi = tl.load(phi_rows + (i * width + c), mask=phi_mask, other=0.0)
             turned = tl.trans(written.to(phi.dtype))  # φ on the left: x' then goes in as it lies
             product = tl.dot(phi, turned, product, input_precision=DOT)
-        if HALVES == 2:  # finished here: the tensor cores are done with this turn's buffers
-            product = tl.sum(tl.reshape(product, [BLOCK_M, 2, BLOCK_T]), axis=1)
-        p += product
         if carried_ptr is not None:
             u_rows = u_ptr + t_offs[:, None] * width + c_offs[None, :]
             tl.store(u_rows + c, u.to(u_ptr.dtype.element_ty), mask=mask)
-    slot = split.to(tl.int64) * tokens + t_offs
+        if HALVES == 2:  # finished here: the tensor cores are done with this turn's buffers
+            product = tl.sum(tl.reshape(product, [BLOCK_M, 2, BLOCK_T]), axis=1)
+        p += product
+        squares += turn_squares
+    slot = place.to(tl.int64) * tokens + t_offs
     m_offs = tl.arange(0, BLOCK_M)
     mask = t_mask[None, :] & (m_offs < M)[:, None]
     tl.store(p_ptr + slot[None, :] * M + m_offs[:, None], p, mask=mask)
@@ -110,13 +117,13 @@ def post_project(
     res: torch.Tensor,
     phi: torch.Tensor,
     carried: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, int]:
     """x'_i = Σ_j res_ij x_j + post_i y, u = Σ_i carried_i x'_i if asked, and the split-K partials
-    of p = x' φᵀ and ss = Σx'².
+    of p = x' φᵀ and ss = Σx'², in the first S slots.
 
     Args: x [T, n, C], y [T, C] float, post and carried [T, n], res [T, n, n], phi [M, n·C] fp32;
     contiguous, n ≤ 4, M ≤ 32.
-    Returns: x' [T, n, C] and u [T, C] in x's dtype, p [S, T, M] and ss [S, T] fp32.
+    Returns: x' [T, n, C] and u [T, C] in x's dtype, p [≥ S, T, M] and ss [≥ S, T] fp32, S.
     Moves: 2n + 1, with u 2n + 2. A token's result does not depend on the others.
     """
     tokens, count, width = x.shape
@@ -126,11 +133,13 @@ def post_project(
     splits = max(1, min(4, count * width // 1024))
     out = torch.empty_like(x)
     u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
-    p = phi.new_empty(splits, tokens, coefficients)
-    ss = phi.new_empty(splits, tokens)
+    turns = cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
+    slots, few = turns_apart(turns, tokens)
+    p = phi.new_empty(slots * splits, tokens, coefficients)
+    ss = phi.new_empty(slots * splits, tokens)
     launch(
         hc_post_project,
-        (triton.cdiv(tokens, tile["BLOCK_T"]) * splits,),
+        (cdiv(tokens, tile["BLOCK_T"]) * splits * slots,),
         x,
         y,
         post,
@@ -143,6 +152,7 @@ def post_project(
         ss,
         tokens,
         width,
+        slots,
         N=count,
         M=coefficients,
         HALVES=halves,
@@ -150,14 +160,15 @@ def post_project(
         SPLITS=splits,
         **tile,
     )
-    return out, u, p, ss
+    sum_turns(p, ss, splits, slots, few)
+    return out, u, p, ss, splits
 
 
 def post_project_tile(coefficients: int, operand: torch.dtype) -> dict:
     """Tile of `post_project`, from M and the type its operands have in the tensor cores."""
     half = operand == torch.bfloat16
     return {
-        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),
+        "BLOCK_M": max(16, padded(coefficients)),
         "BLOCK_T": 64 if half else 32,
         "BLOCK_C": 64 if half else 32,
         "STAGES": 3 if half else 2,
@@ -180,11 +191,11 @@ def post_pre(
 
     Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1, with u 2n + 2.
     """
-    streams, u, p, ss = post_project(x, y, post, res, phi, carried)
-    splits, width = p.shape[0], c.norm_width(x.shape[-1])
+    streams, u, p, ss, splits = post_project(x, y, post, res, phi, carried)
+    width = c.norm_width(x.shape[-1])
     if splits > 1:
         pre, post, res, p, ss = constrain(p, ss, alpha, bias, width, c, splits)
     else:
-        p, ss = p[0].clone(), ss[0].clone()
+        p, ss = p[0], ss[0]
         pre, post, res = constrain(p, ss, alpha, bias, width, c)
     return streams, u, pre, post, res, p, ss

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import launch, row_tile
+from custom_ops.kernels.launch import cdiv, launch, row_tile
 from custom_ops.kernels.pre_dx import fused_dx
 from custom_ops.kernels.pre_wide import wide_dphi, wide_dx
 
@@ -66,7 +66,7 @@ def aggregate_dots(du: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     dpre = x.new_empty(tokens, views, streams, dtype=torch.float32)
     launch(
         hc_aggregate_dots,
-        (tokens * triton.cdiv(views, rows),),
+        (tokens * cdiv(views, rows),),
         du,
         x,
         dpre,

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, before_hopper, launch
+from custom_ops.kernels.launch import INTERPRETED, before_hopper, cdiv, launch
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
-from custom_ops.kernels.project import sum_slots
+from custom_ops.kernels.slots import sum_slots
+from custom_ops.kernels.tile import padded
 
 PROGRAMS = 5 if INTERPRETED else 132  # at most: the streaming multiprocessors of an H100
 
@@ -225,7 +226,7 @@ def fused_dx(
     tile = fused_tile(x, coefficients, precision)
     block_t = tile["BLOCK_T"]
     mix = packed_mix(pre, dss, res, streams, views, has_g, block_t)
-    slices = triton.cdiv(width, tile["BLOCK_C"])
+    slices = cdiv(width, tile["BLOCK_C"])
     programs = PROGRAMS // slices * slices if slices <= PROGRAMS else PROGRAMS
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
     sums = phi.new_empty((programs // slices + 2) * slices * streams * block)
@@ -269,7 +270,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
         "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
         "DOT": "tf32" if half else "tf32x3",
         "BLOCK_T": 64 if large else 32 if half else 16,
-        "BLOCK_M": max(16, triton.next_power_of_2(coefficients)),
+        "BLOCK_M": max(16, padded(coefficients)),
         "BLOCK_C": 64 if half and not old else 32,
         "STAGES": 3 if large else 2,
         "num_warps": 8 if half else 4,

@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, launch
+from custom_ops.kernels.launch import INTERPRETED, cdiv, launch
+from custom_ops.kernels.slots import hc_places, sum_turns, turns_apart
+from custom_ops.kernels.tile import padded
 
 PRECISIONS = ("bf16", "bf16x2", "tf32", "ieee")
 COEFFICIENT_TILE = 128  # more coefficients than this take another read of x
@@ -48,13 +50,15 @@ def hc_project_step(x_tile, phi_ptrs, mask, total, HALVES: tl.constexpr, DOT: tl
     return total + product
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def hc_project(
     x_ptr,
     phi_ptr,
-    part_ptr,
+    p_ptr,
+    ss_ptr,
     tokens,
     depth,
+    slots,
     M: tl.constexpr,
     HALVES: tl.constexpr,
     DOT: tl.constexpr,
@@ -65,16 +69,15 @@ def hc_project(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """BLOCK_T tokens × (BLOCK_M + TAIL_M) coefficients over one of SPLITS spans of K."""
-    split = tl.program_id(0) % SPLITS
-    tile = tl.program_id(0) // SPLITS
+    """BLOCK_T tokens × (BLOCK_M + TAIL_M) coefficients over a slot of one of SPLITS spans of K."""
+    place = tl.program_id(0) % (slots * SPLITS)
+    tile = tl.program_id(0) // (slots * SPLITS)
     token_offs = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_mask = token_offs < tokens
     m_first = tl.program_id(1) * BLOCK_M  # several tiles of coefficients have no tail
     row_offs = m_first * HALVES + tl.arange(0, BLOCK_M * HALVES)
     row_mask = row_offs < M * HALVES
     k_offs = tl.arange(0, BLOCK_K)
-    span = tl.cdiv(depth, SPLITS * BLOCK_K) * BLOCK_K
     x_rows = x_ptr + token_offs[:, None] * depth + k_offs[None, :]
     phi_rows = phi_ptr + row_offs[None, :].to(tl.int64) * depth + k_offs[:, None]
     total = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
@@ -84,8 +87,10 @@ def hc_project(
         tail_mask = tail_offs < M * HALVES
         tail_rows = phi_ptr + tail_offs[None, :].to(tl.int64) * depth + k_offs[:, None]
         tail = tl.zeros([BLOCK_T, TAIL_M], tl.float32)
-    start = split * span
-    for k in tl.range(start, tl.minimum(start + span, depth), BLOCK_K, num_stages=STAGES):
+    turns = tl.cdiv(depth, SPLITS * BLOCK_K)  # of a span
+    start = (place % SPLITS * turns + place // SPLITS) * BLOCK_K
+    end = tl.minimum(start + turns // slots * BLOCK_K, depth)
+    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
         k_mask = k + k_offs < depth
         x_tile = tl.load(x_rows + k, mask=token_mask[:, None] & k_mask[None, :], other=0.0)
         mask = row_mask[None, :] & k_mask[:, None]
@@ -95,64 +100,35 @@ def hc_project(
             tail = hc_project_step(x_tile, tail_rows + k, mask, tail, HALVES, DOT)
         x_wide = x_tile.to(tl.float32)
         squares += tl.sum(x_wide * x_wide, axis=1)
-    slot = part_ptr + (split.to(tl.int64) * tokens + token_offs) * (M + 1)
+    slot = place.to(tl.int64) * tokens + token_offs
     m_offs = m_first + tl.arange(0, BLOCK_M)
     mask = token_mask[:, None] & (m_offs < M)[None, :]
-    tl.store(slot[:, None] + m_offs[None, :], total, mask=mask)
+    tl.store(p_ptr + slot[:, None] * M + m_offs[None, :], total, mask=mask)
     if TAIL_M > 0:
         m_offs = BLOCK_M + tl.arange(0, TAIL_M)
         mask = token_mask[:, None] & (m_offs < M)[None, :]
-        tl.store(slot[:, None] + m_offs[None, :], tail, mask=mask)
-    tl.store(slot + M, squares, mask=token_mask & (tl.program_id(1) == 0))
-
-
-@triton.jit(do_not_specialize=["total", "splits"])
-def hc_sum_slots(part_ptr, out_ptr, total, splits, BLOCK: tl.constexpr):
-    """out = Σ_s part_s in ascending s."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < total
-    part_ptrs = part_ptr + offs
-    value = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        value += tl.load(part_ptrs, mask=mask, other=0.0)
-        part_ptrs += total
-    tl.store(out_ptr + offs, value, mask=mask)
+        tl.store(p_ptr + slot[:, None] * M + m_offs[None, :], tail, mask=mask)
+    tl.store(ss_ptr + slot, squares, mask=token_mask & (tl.program_id(1) == 0))
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def hc_project_sum(
-    part_ptr,
+    p_parts_ptr,
+    ss_parts_ptr,
     p_ptr,
     ss_ptr,
     tokens,
     M: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """p and ss of BLOCK_T tokens from their slots [SPLITS, T, M + 1], in ascending order."""
-    token_offs = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_offs = tl.arange(0, BLOCK_M)
-    token_mask = token_offs < tokens
-    mask = token_mask[:, None] & (m_offs <= M)[None, :]
-    value = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    part_ptrs = part_ptr + token_offs[:, None] * (M + 1) + m_offs[None, :]
-    for _ in tl.static_range(SPLITS):
-        value += tl.load(part_ptrs, mask=mask, other=0.0)
-        part_ptrs += tokens * (M + 1)
-    p_offs = token_offs[:, None] * M + m_offs[None, :]
-    tl.store(p_ptr + p_offs, value, mask=token_mask[:, None] & (m_offs < M)[None, :])
-    ss_ptrs = ss_ptr + token_offs[:, None] + m_offs[None, :] * 0
-    tl.store(ss_ptrs, value, mask=token_mask[:, None] & (m_offs == M)[None, :])
-
-
-def sum_slots(parts: torch.Tensor) -> torch.Tensor:
-    """Σ_s parts_s, in a fixed order."""
-    out = torch.empty_like(parts[0])
-    total = out.numel()
-    grid = (triton.cdiv(total, 512),)
-    launch(hc_sum_slots, grid, parts, out, total, parts.shape[0], BLOCK=512, num_warps=4)
-    return out
+    """p and ss from their slots p [SPLITS, T, M] and ss [SPLITS, T], in ascending order."""
+    ptrs, mask, step = hc_places(p_parts_ptr, ss_parts_ptr, tokens, M, BLOCK)
+    value = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        value += tl.load(ptrs + split * step, mask=mask, other=0.0)
+    ptrs, mask, step = hc_places(p_ptr, ss_ptr, tokens, M, BLOCK)
+    tl.store(ptrs, value, mask=mask)
 
 
 def project_operand(phi: torch.Tensor, dtype: torch.dtype, precision: str):
@@ -169,7 +145,7 @@ def project_operand(phi: torch.Tensor, dtype: torch.dtype, precision: str):
     total = phi.numel()
     launch(
         hc_project_split,
-        (triton.cdiv(total, 1024),),
+        (cdiv(total, 1024),),
         phi,
         parts,
         total,
@@ -194,43 +170,27 @@ def project(
     operand, halves, dot = project_operand(phi, x.dtype, precision)
     tile = project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, depth // 1024))
-    parts = x.new_empty(splits, tokens, coefficients + 1, dtype=torch.float32)
-    token_tiles = triton.cdiv(tokens, tile["BLOCK_T"])
-    launch(
-        hc_project,
-        (token_tiles * splits, triton.cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])),
-        x,
-        operand,
-        parts,
-        tokens,
-        depth,
-        M=coefficients,
-        HALVES=halves,
-        DOT=dot,
-        SPLITS=splits,
-        **tile,
-    )
+    turns = cdiv(depth, splits * tile["BLOCK_K"])
+    # With φ whole the compiler may add the turns within the tensor cores: then all in one slot.
+    slots, few = turns_apart(turns if halves == 2 and splits > 1 else 1, tokens)
+    parts = [x.new_empty(slots * splits, tokens, coefficients, dtype=torch.float32)]
+    parts.append(x.new_empty(slots * splits, tokens, dtype=torch.float32))
+    columns = cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])
+    meta = {"M": coefficients, "HALVES": halves, "DOT": dot, "SPLITS": splits, **tile}
+    grid = (cdiv(tokens, tile["BLOCK_T"]) * splits * slots, columns)
+    launch(hc_project, grid, x, operand, *parts, tokens, depth, slots, **meta)
+    sum_turns(*parts, splits, slots, few)
     p = x.new_empty(tokens, coefficients, dtype=torch.float32)
     ss = x.new_empty(tokens, dtype=torch.float32)
-    launch(
-        hc_project_sum,
-        (triton.cdiv(tokens, 16),),
-        parts,
-        p,
-        ss,
-        tokens,
-        M=coefficients,
-        SPLITS=splits,
-        BLOCK_T=16,
-        BLOCK_M=triton.next_power_of_2(coefficients + 1),
-        num_warps=4,
-    )
+    meta = {"M": coefficients, "SPLITS": splits, "BLOCK": 128, "num_warps": 4}
+    grid = (cdiv(tokens * (coefficients + 1), 128),)
+    launch(hc_project_sum, grid, *parts, p, ss, tokens, **meta)
     return p, ss
 
 
 def project_tile(coefficients: int, operand: torch.dtype) -> dict:
     """Tile of `project`, from M and the type its operands have in the tensor cores."""
-    block_m = max(16, triton.next_power_of_2(coefficients))
+    block_m = max(16, padded(coefficients))
     if operand == torch.float32:
         return {
             "BLOCK_M": min(64, block_m),
@@ -242,7 +202,7 @@ def project_tile(coefficients: int, operand: torch.dtype) -> dict:
         }
     tail = 0
     if 32 < coefficients <= 128:  # 80 coefficients are 64 + 16, not 128
-        tail = max(16, triton.next_power_of_2(coefficients - block_m // 2))
+        tail = max(16, padded(coefficients - block_m // 2))
         block_m, tail = (block_m, 0) if 2 * tail >= block_m else (block_m // 2, tail)
     wide = block_m + tail > 48
     return {

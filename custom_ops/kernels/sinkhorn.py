@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from custom_ops.kernels.launch import launch
+from custom_ops.kernels.launch import cdiv, launch
 from custom_ops.kernels.tile import hc_exp, hc_offsets, hc_tokens, hc_valid, padded
 
 # RULE = (iterations, start, first, denominator, eps), a compile-time tuple everywhere below.
@@ -254,7 +254,7 @@ def sinkhorn(
     out = torch.empty_like(logits)
     block, warps = FORWARD[padded(n)]
     rule = (iterations, start, first, denominator, eps)
-    grid = (triton.cdiv(tokens, block),)
+    grid = (cdiv(tokens, block),)
     launch(
         hc_sinkhorn_kernel, grid, logits, out, tokens,
         n=n, N=padded(n), BT=block, RULE=rule, num_warps=warps,
@@ -276,7 +276,7 @@ def sinkhorn_backward(
     out = torch.empty_like(logits)
     block, warps, chunk = BACKWARD[padded(n)]
     rule = (iterations, start, first, denominator, eps)
-    grid = (triton.cdiv(tokens, block),)
+    grid = (cdiv(tokens, block),)
     launch(
         hc_sinkhorn_backward_kernel, grid, grad, logits, out, tokens,
         n=n, N=padded(n), BT=block, CHUNK=chunk, RULE=rule, num_warps=warps,

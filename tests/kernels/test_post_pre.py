@@ -6,6 +6,7 @@ import torch
 from custom_ops import post_pre as op
 from custom_ops import reference
 from custom_ops.constraint import Constraint
+from custom_ops.kernels.slots import FEW_TOKENS
 from tests.conftest import worst
 from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, normal
 
@@ -106,13 +107,20 @@ def test_with_ghosts(shape, delayed, extra):
 
 
 @pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
-def test_a_token_does_not_see_the_others(delayed):
-    inputs, c = boundary(70, 4, 96, delayed)
-    whole = fused(*inputs[:7], c, *inputs[7:])[:7]
-    one = [t[3:4].contiguous() for t in (*inputs[:4], *inputs[7:])]
-    alone = fused(*one[:4], *inputs[4:7], c, *one[4:])
-    for a, b in zip(whole, alone, strict=False):
-        assert torch.equal(a[3:4], b)
+@pytest.mark.parametrize("width", [96, 520] if INTERPRETED else [96, 520, 2560, 7168])
+def test_a_token_does_not_see_the_others(width, delayed):
+    """Few tokens take the turns of the loop apart (slots.py), and add them to the same bits."""
+    most = 70 if INTERPRETED else 200
+    inputs, c = boundary(most, 4, width, delayed)
+
+    def first(tokens):
+        some = [t[:tokens].contiguous() for t in (*inputs[:4], *inputs[7:])]
+        return fused(*some[:4], *inputs[4:7], c, *some[4:])[:7]
+
+    whole = first(most)
+    for tokens in (1, 5, FEW_TOKENS):
+        for a, b in zip(whole, first(tokens), strict=True):
+            assert torch.equal(a[:tokens], b)
 
 
 def test_what_does_not_fit_takes_the_composite(monkeypatch):

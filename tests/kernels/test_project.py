@@ -5,6 +5,7 @@ import torch
 
 from custom_ops.kernels.pre_backward import pre_dx, project_backward
 from custom_ops.kernels.project import PRECISIONS, project
+from custom_ops.kernels.slots import FEW_TOKENS
 from tests.kernels.cases import (
     DEVICE,
     DTYPES,
@@ -79,13 +80,17 @@ def test_project_backward(shape):
     check_sublayer(case, {"project_dx": dx, "dphi": dphi}, slack=SPLIT)
 
 
-def test_a_token_does_not_see_the_others():
-    case = Sublayer(140, 2, 70, torch.float32)
-    before, _ = project(case.x, case.phi)
-    alone, _ = project(case.x[:1].contiguous(), case.phi)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [70, 600] if INTERPRETED else [70, 600, 2560, 7168])
+def test_a_token_does_not_see_the_others(width, dtype):
+    """Few tokens take the turns of the loop apart (slots.py), and add them to the same bits."""
+    case = Sublayer(200, 4, width, dtype)
+    whole = project(case.x, case.phi)
+    for tokens in (1, 5, FEW_TOKENS, 70):
+        for a, b in zip(whole, project(case.x[:tokens].contiguous(), case.phi), strict=True):
+            assert torch.equal(a[:tokens], b)
     case.x[1:] *= 3.0
-    after, _ = project(case.x, case.phi)
-    assert torch.equal(before[:1], after[:1]) and torch.equal(before[:1], alone)
+    assert torch.equal(whole[0][:1], project(case.x, case.phi)[0][:1])
 
 
 @on_gpu

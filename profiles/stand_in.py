@@ -1,0 +1,64 @@
+"""A GPU that is not there: ops take their kernels, which compile for sm_90 and are never run.
+
+What remains of a call is Python: its launches can be counted and its cost on the host measured on
+any machine. Outputs hold whatever their memory held. It replaces Triton's driver for good, so it
+belongs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import custom_ops.kernels
+
+
+class Driver:
+    """As much of a Triton driver as compiling and launching ask for; it keeps every grid."""
+
+    def __init__(self, launched: list[tuple[int, ...]]):
+        self.target = GPUTarget("cuda", 90, 32)
+        self.utils = self
+        self.launcher_cls = lambda source, metadata: lambda *a: launched.append(a[:3])
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232_448}
+
+    def load_binary(self, name, binary, shared, device):
+        return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+def modules(package) -> list:
+    """The modules of a package, imported."""
+    prefix = package.__name__ + "."
+    return [
+        importlib.import_module(prefix + found.name)
+        for found in pkgutil.iter_modules(package.__path__)
+    ]
+
+
+def kernels_without_device() -> list[tuple[int, ...]]:
+    """From now on CPU tensors take the kernels; returns the list that launches add grids to."""
+    launched: list[tuple[int, ...]] = []
+    triton.runtime.driver.set_active(Driver(launched))
+
+    def use_triton(x: torch.Tensor) -> bool:
+        return x.dtype != torch.float64
+
+    for module in modules(custom_ops) + modules(custom_ops.kernels):
+        if hasattr(module, "use_triton"):
+            module.use_triton = use_triton
+    return launched
