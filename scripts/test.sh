@@ -58,9 +58,10 @@ check ruff check .
 check ruff format --check .
 check pyright --pythonpath "$PYTHON"
 # One thread a worker: workers that each spin a pool of threads slow each other down.
-OMP_NUM_THREADS=1 tier -n "$workers" -m "$main"
+# Tests differ a hundredfold in time: a worker that is done takes what others have left.
+OMP_NUM_THREADS=1 tier -n "$workers" --dist worksteal -m "$main"
 # Interpreted kernels replace compiled ones for the whole process, so they get their own.
-OMP_NUM_THREADS=1 TRITON_INTERPRET=1 tier -n "$workers" -m interpreter
+OMP_NUM_THREADS=1 TRITON_INTERPRET=1 tier -n "$workers" --dist worksteal -m interpreter
 [ "$gpu" -eq 1 ] && tier -m gpu
 
 heading "all tiers"
