@@ -20,9 +20,9 @@ import tempfile
 
 from profiles import tables
 from profiles.compile_time import WAYS
+from profiles.machine import ROOT
 from scripts import recorded
 from scripts.bench_ops import note
-from scripts.machine import ROOT
 
 PARTS = ("seconds", "cpu_seconds", "dynamo", "aot", "inductor", "build")
 
