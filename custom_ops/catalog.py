@@ -25,6 +25,7 @@ class Row:
     call, reference(variant, *tensors): the differentiable outputs, of the op and of the oracle.
     streams: indices of the inputs that have the stream dtype; the others are fp32 coefficients.
     units(n): C-units that must move, (forward, backward); None where no streams move.
+    delayed_units(n): the same where the read is carried, see pre.py; None where nothing can be.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     streams: tuple[int, ...]
     units: Callable[[int], tuple[float, float]] | None
     variants: dict[str, dict] = field(default_factory=lambda: {"": {}})
+    delayed_units: Callable[[int], tuple[float, float]] | None = None
 
     def takes(self, variant: str, most: int) -> int:
         """The largest number of streams up to `most` that a variant is defined for."""
@@ -255,6 +257,7 @@ ROWS = (
         (0,),
         lambda n: (2 * n + 1, 3 * n + 2),
         CONSTRAINTS,
+        lambda n: (n + 1, 2 * n + 1),
     ),
     Row(
         "post_pre",
@@ -265,6 +268,7 @@ ROWS = (
         (0, 1),
         lambda n: (3 * n + 2, 5 * n + 4),
         CONSTRAINTS,
+        lambda n: (2 * n + 2, 3 * n + 3),
     ),
 )
 

@@ -33,6 +33,24 @@ CHOICES = {
 }
 MAX_PERMUTATION_STREAMS = 5
 
+# Fields of published recipes that differ from the defaults of Constraint.
+DYNAMIC_HC = {
+    "projection": "stream",
+    "pre": "linear",
+    "post": "linear",
+    "post_scale": 1.0,
+    "manifold": "linear",
+    "transpose": True,
+}
+DEEPSEEK_V4 = {
+    "pre_eps": 1e-6,
+    "start": "softmax",
+    "first": "row",
+    "denominator": "add",
+    "eps": 1e-6,
+    "transpose": True,
+}
+
 # (a, b, c) of X <- aX + (bA + cA²)X with A = XXᵀ; the last two finish the convergence.
 NEWTON_SCHULZ_SCHEDULE = (
     (7.2086, -15.5131, 9.0178),

@@ -1,33 +1,17 @@
 """The variants that the catalog's rows are tested in, by name."""
 
-from custom_ops.constraint import NEWTON_SCHULZ_SCHEDULE
+from custom_ops.constraint import DEEPSEEK_V4, DYNAMIC_HC, NEWTON_SCHULZ_SCHEDULE
 
-V4 = {
-    "pre_eps": 1e-6,
-    "start": "softmax",
-    "first": "row",
-    "denominator": "add",
-    "eps": 1e-6,
-    "transpose": True,
-}
 CONSTRAINTS: dict[str, dict] = {
     "sinkhorn": {},
     "sinkhorn-log": {"start": "log"},
-    "sinkhorn-v4": V4,
+    "sinkhorn-v4": DEEPSEEK_V4,
     "sinkhorn-rowmax": {"start": "exp-rowmax", "iterations": 3, "temperature": 0.5},
     "newton-schulz": {"manifold": "newton-schulz"},
     "permutation": {"manifold": "permutation"},
     "kronecker": {"manifold": "kronecker", "temperature": 0.5},
     "identity": {"manifold": "identity", "norm_form": "outside", "post_eps": 1e-6},
-    "tanh": {
-        "projection": "stream",
-        "squash": "tanh",
-        "pre": "linear",
-        "post": "linear",
-        "post_scale": 1.0,
-        "manifold": "linear",
-        "transpose": True,
-    },
+    "tanh": DYNAMIC_HC | {"squash": "tanh"},
     "stream-sinkhorn": {
         "projection": "stream",
         "norm_eps": 0.1,  # conditions C = 1, where the norm of one number cancels
@@ -42,16 +26,9 @@ CONSTRAINTS: dict[str, dict] = {
     "head": {"post": "none", "manifold": "none", "pre_eps": 1e-6},
     "read-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},  # conditions C = 1
     "read-layer": {"read_norm": "layer", "read_eps": 1e-5, "iterations": 2},
-    "delayed": V4 | {"norm_eps": 1e-20},
+    "delayed": DEEPSEEK_V4 | {"norm_eps": 1e-20},
     "delayed-rms": {"read_norm": "rms", "read_eps": 1.0, "iterations": 2},
-    "static": {
-        "projection": "static",
-        "pre": "linear",
-        "post": "linear",
-        "post_scale": 1.0,
-        "manifold": "linear",
-        "transpose": True,
-    },
+    "static": DYNAMIC_HC | {"projection": "static"},
 }
 DELAYED = ("delayed", "delayed-rms")  # read with the pre of the sublayer before
 

@@ -8,22 +8,7 @@ implementation sets `transpose` in its constraint. Sources: HC = arXiv 2409.1960
 from dataclasses import dataclass, field
 from typing import Any
 
-DYNAMIC_HC = {
-    "projection": "stream",
-    "pre": "linear",
-    "post": "linear",
-    "post_scale": 1.0,
-    "manifold": "linear",
-    "transpose": True,
-}
-DEEPSEEK_V4 = {
-    "pre_eps": 1e-6,
-    "start": "softmax",
-    "first": "row",
-    "denominator": "add",
-    "eps": 1e-6,
-    "transpose": True,
-}
+from custom_ops.constraint import DEEPSEEK_V4, DYNAMIC_HC
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ DELAYED = replace(
     CATALOG["post_pre"],
     name="post_pre, delayed",
     variants={"delayed": {}},
-    units=lambda n: (2 * n + 2, 3 * n + 3),
+    units=CATALOG["post_pre"].delayed_units,
 )
 
 

@@ -118,7 +118,10 @@ def mandatory_bytes(call: OpCall) -> tuple[float | None, float, str]:
     if row is None or row.units is None or shape is None or not _regular(call, shape[1]):
         return None, float(_each_once((call.args, call.kwargs, call.output))), "tensors in and out"
     tokens, n, width = shape
-    units = row.units(n)[1 if backward else 0]
+    carried = isinstance(call.named.get("carried"), Tensor) and row.delayed_units is not None
+    counted = row.delayed_units if carried else row.units
+    assert counted is not None
+    units = counted(n)[1 if backward else 0]
     if call.named.get("need_dx") is False:
         units -= n
     if base == "pre" and isinstance(call.named.get("g"), Tensor):

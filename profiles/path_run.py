@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 import hc_compile as hc
-from hc_compile import backend
 from hc_compile.passes import without_pipeline
 from profiles import op_floor
 from profiles.capture import capture
@@ -81,11 +79,6 @@ PATHS = {
 }
 
 
-def recompute_available() -> bool:
-    """Whether `hc.compile` takes `recompute`."""
-    return "recompute" in inspect.signature(backend.compile).parameters
-
-
 def available(names: Sequence[str], has_ops: bool) -> tuple[list[str], list[str]]:
     """The paths of `names` that can run here, and a sentence for each that is left out.
 
@@ -97,9 +90,7 @@ def available(names: Sequence[str], has_ops: bool) -> tuple[list[str], list[str]
         raise ValueError(f"paths must be some of {', '.join(PATHS)}, got {list(names)}")
     kept, notes = [], []
     for name in dict.fromkeys(names):
-        if name == "fused-recompute" and not recompute_available():
-            notes.append(f"{name} is left out: this hc.compile has no recompute=")
-        elif PATHS[name].implementation == "ops" and not has_ops:
+        if PATHS[name].implementation == "ops" and not has_ops:
             notes.append(f"{name} is left out: the model calls no hc:: op")
         else:
             kept.append(name)

@@ -18,12 +18,13 @@ import custom_ops.kernels
 
 
 class Driver:
-    """As much of a Triton driver as compiling and launching ask for; it keeps every grid."""
+    """As much of a Triton driver as compiling and launching ask for; `launched`: every grid."""
 
-    def __init__(self, launched: list[tuple[int, ...]]):
-        self.target = GPUTarget("cuda", 90, 32)
+    def __init__(self, capability: int = 90):
+        self.target = GPUTarget("cuda", capability, 32)
         self.utils = self
-        self.launcher_cls = lambda source, metadata: lambda *a: launched.append(a[:3])
+        self.launched: list[tuple[int, ...]] = []
+        self.launcher_cls = lambda source, metadata: lambda *a: self.launched.append(a[:3])
 
     def get_current_target(self):
         return self.target
@@ -52,8 +53,8 @@ def modules(package) -> list:
 
 def kernels_without_device() -> list[tuple[int, ...]]:
     """From now on CPU tensors take the kernels; returns the list that launches add grids to."""
-    launched: list[tuple[int, ...]] = []
-    triton.runtime.driver.set_active(Driver(launched))
+    driver = Driver()
+    triton.runtime.driver.set_active(driver)
 
     def use_triton(x: torch.Tensor) -> bool:
         return x.dtype != torch.float64
@@ -61,4 +62,4 @@ def kernels_without_device() -> list[tuple[int, ...]]:
     for module in modules(custom_ops) + modules(custom_ops.kernels):
         if hasattr(module, "use_triton"):
             module.use_triton = use_triton
-    return launched
+    return driver.launched

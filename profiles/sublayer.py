@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import hc_compile as hc
+from custom_ops.catalog import CATALOG
 from profiles.timing import Cost, Effort, measure, peak_growth, saved_bytes
 
 BRANCH_UNITS = 2
@@ -182,7 +183,8 @@ def per_sublayer(cost: Cost, chain: int) -> Cost:
 
 def units(streams: int, delayed: bool = False) -> tuple[int, int]:
     """Mandatory C-units of a sublayer and its branch, fused at the boundary: forward, train."""
-    forward, backward = 3 * streams + 2, 5 * streams + 4
-    if delayed:  # one pass each way
-        forward, backward = 2 * streams + 2, 3 * streams + 3
+    row = CATALOG["post_pre"]
+    counted = row.delayed_units if delayed else row.units
+    assert counted is not None
+    forward, backward = (int(units) for units in counted(streams))
     return forward + BRANCH_UNITS, forward + backward + 2 * BRANCH_UNITS

@@ -5,9 +5,7 @@ driver: the launchers run on CPU tensors, `launch` compiles instead, and one JSO
 comes out, with what the machine code takes of the target named by its compute capability.
 """
 
-import importlib
 import json
-import pkgutil
 import re
 import subprocess
 import sys
@@ -17,35 +15,16 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 import custom_ops.kernels
 from custom_ops.constraint import Constraint
+from profiles.stand_in import Driver, modules
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MODULES = [
-    importlib.import_module(f"custom_ops.kernels.{found.name}")
-    for found in pkgutil.iter_modules(custom_ops.kernels.__path__)
-]
+MODULES = modules(custom_ops.kernels)
 TOKENS = 48  # nothing is specialised on the number of tokens; Widened wants a multiple of 16
 MHC = {"iterations": 20}
 ORTHO = {"manifold": "newton-schulz"}
-
-
-class Driver:
-    """As much of a Triton driver as compiling asks for."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def resources(cubin: bytes) -> dict[str, int]:

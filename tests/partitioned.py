@@ -8,13 +8,12 @@ import json
 import sys
 
 import torch
-import triton
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import hc_compile as hc
 from profiles import saved
-from tests.ahead_of_time import Driver
+from profiles.stand_in import kernels_without_device
 from tests.test_presets import Net, draw
 
 WIDTH, TOKENS = 64, 48
@@ -37,10 +36,7 @@ def kernel_counts(graph):
 
 def main(layers: int, policy: str) -> None:
     """Print what a net of bf16 streams keeps and launches under a policy."""
-    triton.runtime.driver.set_active(Driver(90))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("custom_ops.") and hasattr(module, "use_triton"):
-            module.use_triton = lambda x: x.dtype != torch.float64
+    kernels_without_device()
     net = Net(hc.HCConfig(WIDTH, 4, "mhc"), layers)
     for name, parameter in net.named_parameters():
         if "coefficients" not in name:

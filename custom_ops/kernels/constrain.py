@@ -243,9 +243,7 @@ def constrain_backward(
     block, warps = tile_of(BACKWARD, c)
     slots = cdiv(tokens, block)
     absent = 0 in c.sizes
-    size = slots * (
-        c.total + 3
-    )  # flat: a dimension of `slots` would be guarded on, being 1 or not
+    size = slots * (c.total + 3)  # flat: a dimension of `slots` would be guarded on
     partial = p.new_zeros(size) if absent else p.new_empty(size)
     launch(
         hc_constrain_backward_kernel, (slots,),

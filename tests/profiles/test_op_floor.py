@@ -54,11 +54,12 @@ def test_ops_as_written_and_after_the_passes():
     assert fused["hc::pre"] == 1  # the first sublayer reads one stream, the last writes none
 
 
-def recorded(row):
+def recorded(row, variant=None):
     """The calls of a row's op and of its backward."""
-    inputs = [t.requires_grad_() for t in make_inputs(row, variant_of(row), T, N, C)]
+    variant = variant or variant_of(row)
+    inputs = [t.requires_grad_() for t in make_inputs(row, variant, T, N, C)]
     with OpRecorder() as recorder:
-        outputs = [o for o in row.call(variant_of(row), *inputs) if o.requires_grad]
+        outputs = [o for o in row.call(variant, *inputs) if o.requires_grad]
         torch.autograd.grad(outputs, inputs, list(map(torch.ones_like, outputs)))
     return list(recorder.found.values())
 
@@ -68,6 +69,14 @@ def test_bytes_are_the_catalogs(row):
     forward, backward = recorded(row)
     for call, units in zip((forward, backward), row.units(N), strict=True):
         assert mandatory_bytes(call) == (units, units * T * C * 4, "catalog")
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.delayed_units], ids=lambda row: row.name)
+def test_a_carried_read_has_its_own_floor(row):
+    forward, backward = recorded(row, "delayed")
+    for call, units in zip((forward, backward), row.delayed_units(N), strict=True):
+        assert mandatory_bytes(call) == (units, units * T * C * 4, "catalog")
+    assert mandatory_bytes(forward)[0] < row.units(N)[0]
 
 
 def test_an_op_without_streams_uses_its_tensors_once():

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import hc_compile as hc
-from hc_compile import backend
 from profiles.capture import capture
 from profiles.path_run import PATHS, available, run_path
 from profiles.paths import profile, profile_workload
@@ -108,19 +107,6 @@ def test_eager_runs_the_plain_functions_and_leaves_the_model_as_it_was(tmp_path)
     assert work.model.hc.cfg.implementation == "ops"
     ops = capture(lambda: work.model(**work.kwargs), tmp_path / "ops", steps=1, warmup=0)
     assert any("hc::" in name for name in ops.kernels)
-
-
-def test_recompute_appears_when_compile_takes_it(monkeypatch):
-    kept, notes = available(["fused", "fused-recompute"], has_ops=True)
-    taken = "recompute" in backend.compile.__code__.co_varnames
-    assert ("fused-recompute" in kept) == taken == (not notes)
-    monkeypatch.setattr(backend, "compile", lambda model=None, **kwargs: model)
-    kept, notes = available(["fused-recompute"], has_ops=True)
-    assert kept == [] and notes == [
-        "fused-recompute is left out: this hc.compile has no recompute="
-    ]
-    monkeypatch.setattr(backend, "compile", lambda model=None, recompute=None: model)
-    assert available(["fused-recompute"], has_ops=True) == (["fused-recompute"], [])
 
 
 def test_wrong_input_is_refused(tmp_path, capsys):
