@@ -3,12 +3,13 @@
 Moves: 2n + W C-units forward; 2n + 2W backward, n more where dx is wanted.
 
 res need not be square: [.., n', n] makes n' streams of n. That is what the first sublayer of a
-network (one stream in) and its mean (one out) need; the kernels are for square res, the others are
-written out for Inductor.
+network (one stream in) and its mean (one out) need.
 
 Ghost: `hc::pre` can also return an all-zero, zero-stride stand-in for x. A post that takes it
 sends its own cotangent through it and gives x no gradient, so that the backward of that pre forms
-the whole of ∂x in one pass instead of adding two stream tensors.
+the whole of ∂x in one pass instead of adding two stream tensors. A post of one stream out of many
+takes it only where its row of res is the sum of the rows that the pre made: its cotangent is then
+that of every stream.
 """
 
 import torch
@@ -37,10 +38,6 @@ def mix(res: Tensor, x: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def _square(res: Tensor) -> bool:
-    return res.shape[-2] == res.shape[-1]
-
-
 def _expanded(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y [..., W, C], post [..., W, n] and res [..., n, n] of every token."""
     branches = y.dim() == x.dim()
@@ -54,11 +51,12 @@ def forward(
     x: Tensor, y: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None = None
 ) -> Tensor:
     y, post, res = _expanded(x, y, post, res)
-    if use_triton(x) and _square(res):
+    one_of_many = res.shape[-2] == 1 < x.shape[-2]  # Inductor fuses it with the norm that follows
+    if use_triton(x) and not one_of_many:
         from custom_ops.kernels import post as kernels
 
         out = kernels.post(flat(x, 2), flat(y, 2), flat(post, 2).float(), flat(res, 2).float())
-        return out.reshape(x.shape)
+        return out.reshape(*x.shape[:-2], *out.shape[1:])
     dtype = compute_dtype(x, post, res)
     out = mix(res.to(dtype), x.to(dtype))
     for w in range(y.shape[-2]):
@@ -71,7 +69,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (empty unless wanted), dy, dpost, dres."""
     y_all, post_all, res_all = _expanded(x, y, post, res)
-    if use_triton(x) and _square(res):
+    if use_triton(x):
         from custom_ops.kernels import post as kernels
 
         dx, dy, dpost, dres = kernels.post_backward(
@@ -132,13 +130,15 @@ post_backward = define("post_backward", backward, _backward_fake)
 def _setup_context(ctx, inputs, output):
     x, y, post, res, ghost = inputs
     ctx.has_ghost = ghost is not None
+    ctx.shape = x.shape
     ctx.save_for_backward(x, y, post, res)
 
 
 def _autograd(ctx, g):
     need_dx = ctx.needs_input_grad[0] and not ctx.has_ghost
     dx, dy, dpost, dres = torch.ops.hc.post_backward(g, *ctx.saved_tensors, need_dx)
-    return dx if need_dx else None, dy, dpost, dres, g if ctx.has_ghost else None
+    dghost = g.expand(ctx.shape) if ctx.has_ghost else None
+    return dx if need_dx else None, dy, dpost, dres, dghost
 
 
 post.register_autograd(_autograd, setup_context=_setup_context)

@@ -29,7 +29,7 @@ def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool
     return (
         use_triton(x)
         and x.dtype == torch.bfloat16
-        and x.shape[-2] <= FUSED_STREAMS
+        and max(x.shape[-2], c.streams) <= FUSED_STREAMS
         and x.shape[-1] % FUSED_ALIGNMENT == 0
         and y.dim() == x.dim() - 1
         and per_token
@@ -65,7 +65,7 @@ def forward(
     if u is None:
         weights = coefficients[0] if carried is None else carried
         u = pre_op.read(streams, weights, weight, shift, c)
-    next_ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
+    next_ghost = x.new_zeros(()).expand(streams.shape) if with_ghost else x.new_empty(0)
     return streams, u, *coefficients, p, ss, next_ghost  # type: ignore[return-value]
 
 
@@ -124,7 +124,13 @@ def _fused_write(x, y, post, res, phi, alpha, bias, carried: Tensor | None, c: C
     shapes = [(*lead, *own) for own in con.token_shapes(c)]
     made = [t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
     u = None if u is None else u.reshape(*lead, x.shape[-1])
-    return streams.reshape(x.shape), u, *made, p.reshape(*lead, -1), ss.reshape(lead)
+    return (
+        streams.reshape(*lead, *streams.shape[1:]),
+        u,
+        *made,
+        p.reshape(*lead, -1),
+        ss.reshape(lead),
+    )
 
 
 def _fake(
@@ -142,8 +148,8 @@ def _fake(
     shift=None,
     carried=None,
 ):
-    streams = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return streams, *pre_op._fake(x, phi, alpha, bias, spec, with_ghost)
+    streams = post_op._fake(x, y, post, res)
+    return streams, *pre_op._fake(streams, phi, alpha, bias, spec, with_ghost)
 
 
 def _backward_fake(g, du, dpre, dpost, dres, dghost, x, *rest):

@@ -126,6 +126,8 @@ def backward(
         g, extra = extra, None
         res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
     res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
+    if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
+        g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
     late = carried is not None and read is None  # ⟨du, x⟩, which then nothing waits for
     dx, dphi, dots = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, late, c)
     dx = dx if extra is None else dx + extra

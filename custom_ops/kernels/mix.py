@@ -16,24 +16,24 @@ def hc_pre_mix(
     tokens,
     N: tl.constexpr,
     V: tl.constexpr,
-    HAS_G: tl.constexpr,
+    G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_K rows of one tile of `packed_mix`."""
-    SQUARE: tl.constexpr = N * N if HAS_G else 0
-    COUNT: tl.constexpr = SQUARE + V * N + 1
+    MIXED: tl.constexpr = G * N
+    COUNT: tl.constexpr = MIXED + V * N + 1
     t_offs = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask = (t_offs < tokens)[:, None]
     k_offs = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     dss = 2.0 * tl.load(dss_ptr + t_offs, mask=t_offs < tokens, other=0.0)
     mix = tl.where(k_offs == COUNT - 1, dss[:, None], 0.0)
-    if HAS_G:
-        res_ptrs = res_ptr + t_offs[:, None] * SQUARE + k_offs
-        mix += tl.load(res_ptrs, mask=t_mask & (k_offs < SQUARE), other=0.0)
+    if G > 0:
+        res_ptrs = res_ptr + t_offs[:, None] * MIXED + k_offs
+        mix += tl.load(res_ptrs, mask=t_mask & (k_offs < MIXED), other=0.0)
     if V > 0:
-        pre_ptrs = pre_ptr + t_offs[:, None] * (V * N) + k_offs - SQUARE
-        inside = (k_offs >= SQUARE) & (k_offs < COUNT - 1)
+        pre_ptrs = pre_ptr + t_offs[:, None] * (V * N) + k_offs - MIXED
+        inside = (k_offs >= MIXED) & (k_offs < COUNT - 1)
         mix += tl.load(pre_ptrs, mask=t_mask & inside, other=0.0)
     tile_ptr = mix_ptr + tl.program_id(0).to(tl.int64) * (COUNT * BLOCK_T)
     mix_offs = k_offs * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
@@ -46,12 +46,12 @@ def packed_mix(
     res: torch.Tensor,
     streams: int,
     views: int,
-    has_g: bool,
+    rows: int,
     block_t: int,
 ) -> torch.Tensor:
-    """[tiles, n² + V·n + 1, block_t], flat: res (if has_g), pre, 2·dss; 0 for tokens beyond T."""
+    """[tiles, R·n + V·n + 1, block_t], flat: R rows of res, pre, 2·dss; 0 for tokens beyond T."""
     tokens = dss.shape[0]
-    count = (streams * streams if has_g else 0) + views * streams + 1
+    count = (rows + views) * streams + 1
     tiles = cdiv(tokens, block_t)
     mix = dss.new_empty(tiles * count * block_t)  # flat: `tiles` alone would be guarded on
     launch(
@@ -60,7 +60,7 @@ def packed_mix(
         *(pre, dss, res, mix, tokens),
         N=streams,
         V=views,
-        HAS_G=has_g,
+        G=rows,
         BLOCK_T=block_t,
         BLOCK_K=32,
         num_warps=4,

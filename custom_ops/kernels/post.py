@@ -21,7 +21,8 @@ def hc_post(
     out_ptr,
     tokens,
     width,
-    N: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     W: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -33,24 +34,27 @@ def hc_post(
     column_offs = (tile % column_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
     token_mask = token_offs < tokens
     mask = token_mask[:, None] & (column_offs < width)[None, :]
-    rows = token_offs[:, None] * (N * width) + column_offs[None, :]
+    x_rows = x_ptr + token_offs[:, None] * (IN * width) + column_offs[None, :]
+    out_rows = out_ptr + token_offs[:, None] * (OUT * width) + column_offs[None, :]
     y_rows = y_ptr + token_offs[:, None] * (W * width) + column_offs[None, :]
     x_tiles = ()
     y_tiles = ()
-    for stream in tl.static_range(N):
-        x_tiles = x_tiles + (tl.load(x_ptr + rows + stream * width, mask=mask, other=0.0),)
+    for stream in tl.static_range(IN):
+        x_tiles = x_tiles + (tl.load(x_rows + stream * width, mask=mask, other=0.0),)
     for branch in tl.static_range(W):
         y_tiles = y_tiles + (tl.load(y_rows + branch * width, mask=mask, other=0.0),)
-    for i in tl.static_range(N):
+    for i in tl.static_range(OUT):
         total = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        for j in tl.static_range(N):
-            res = tl.load(res_ptr + token_offs * (N * N) + i * N + j, mask=token_mask, other=0.0)
+        for j in tl.static_range(IN):
+            res = tl.load(
+                res_ptr + token_offs * (OUT * IN) + i * IN + j, mask=token_mask, other=0.0
+            )
             total += res[:, None] * x_tiles[j].to(tl.float32)
         for branch in tl.static_range(W):
-            post_rows = post_ptr + token_offs * (W * N) + branch * N
+            post_rows = post_ptr + token_offs * (W * OUT) + branch * OUT
             post = tl.load(post_rows + i, mask=token_mask, other=0.0)
             total += post[:, None] * y_tiles[branch].to(tl.float32)
-        tl.store(out_ptr + rows + i * width, total.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_rows + i * width, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -66,63 +70,66 @@ def hc_post_backward(
     dres_ptr,
     tokens,
     width,
-    N: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     NEED_DX: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One token of one branch output; the n² + n inner products stay in registers."""
+    """One token of one branch output; the OUT · (IN + 1) inner products stay in registers."""
     token = tl.program_id(0).to(tl.int64)
     column_offs = tl.arange(0, BLOCK_C)
     LANES: tl.constexpr = BLOCK_C // GROUP
     dots = ()
-    for _ in tl.static_range(N * N + N):
+    for _ in tl.static_range(OUT * (IN + 1)):
         dots = dots + (tl.zeros([LANES], tl.float32),)
     for start in range(0, width, BLOCK_C):
         mask = start + column_offs < width
-        rows = token * (N * width) + start + column_offs
+        g_rows = token * (OUT * width) + start + column_offs
+        x_rows = token * (IN * width) + start + column_offs
         y_offs = token * width + start + column_offs
         y_tile = tl.load(y_ptr + y_offs, mask=mask, other=0.0).to(tl.float32)
         g_tiles = ()
         x_tiles = ()
-        for i in tl.static_range(N):
-            g_tiles = g_tiles + (tl.load(g_ptr + rows + i * width, mask=mask, other=0.0),)
-            x_tiles = x_tiles + (tl.load(x_ptr + rows + i * width, mask=mask, other=0.0),)
+        for i in tl.static_range(OUT):
+            g_tiles = g_tiles + (tl.load(g_ptr + g_rows + i * width, mask=mask, other=0.0),)
+        for j in tl.static_range(IN):
+            x_tiles = x_tiles + (tl.load(x_ptr + x_rows + j * width, mask=mask, other=0.0),)
         dy = tl.zeros([BLOCK_C], tl.float32)
         sums = ()
-        for i in tl.static_range(N):
+        for i in tl.static_range(OUT):
             g_tile = g_tiles[i].to(tl.float32)
-            dy += tl.load(post_ptr + token * N + i) * g_tile
-            for j in tl.static_range(N):
+            dy += tl.load(post_ptr + token * OUT + i) * g_tile
+            for j in tl.static_range(IN):
                 product = tl.reshape(g_tile * x_tiles[j].to(tl.float32), [LANES, GROUP])
-                sums = sums + (dots[i * (N + 1) + j] + tl.sum(product, axis=1),)
+                sums = sums + (dots[i * (IN + 1) + j] + tl.sum(product, axis=1),)
             product = tl.reshape(g_tile * y_tile, [LANES, GROUP])
-            sums = sums + (dots[i * (N + 1) + N] + tl.sum(product, axis=1),)
+            sums = sums + (dots[i * (IN + 1) + IN] + tl.sum(product, axis=1),)
         dots = sums
         tl.store(dy_ptr + y_offs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
         if NEED_DX:
-            for j in tl.static_range(N):
+            for j in tl.static_range(IN):
                 dx = tl.zeros([BLOCK_C], tl.float32)
-                for i in tl.static_range(N):
-                    res = tl.load(res_ptr + token * (N * N) + i * N + j)
+                for i in tl.static_range(OUT):
+                    res = tl.load(res_ptr + token * (OUT * IN) + i * IN + j)
                     dx += res * g_tiles[i].to(tl.float32)
-                tl.store(dx_ptr + rows + j * width, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    for i in tl.static_range(N):
-        for j in tl.static_range(N):
-            dres = tl.sum(dots[i * (N + 1) + j], axis=0)
-            tl.store(dres_ptr + token * (N * N) + i * N + j, dres)
-        tl.store(dpost_ptr + token * N + i, tl.sum(dots[i * (N + 1) + N], axis=0))
+                tl.store(dx_ptr + x_rows + j * width, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    for i in tl.static_range(OUT):
+        for j in tl.static_range(IN):
+            dres = tl.sum(dots[i * (IN + 1) + j], axis=0)
+            tl.store(dres_ptr + token * (OUT * IN) + i * IN + j, dres)
+        tl.store(dpost_ptr + token * OUT + i, tl.sum(dots[i * (IN + 1) + IN], axis=0))
 
 
 def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
     """x'_i = Σ_j res_ij x_j + Σ_w post_wi y_w.
 
-    Args: x [T, n, C] and y [T, W, C] float, post [T, W, n] and res [T, n, n] fp32; contiguous.
-    Returns: x' [T, n, C] in x's dtype.
-    Moves: 2n + W.
+    Args: x [T, n, C] and y [T, W, C] float, post [T, W, n'] and res [T, n', n] fp32; contiguous.
+    Returns: x' [T, n', C] in x's dtype.
+    Moves: n + n' + W.
     """
     tokens, streams, width = x.shape
-    out = torch.empty_like(x)
+    out = x.new_empty(tokens, res.shape[1], width)
     tile = plane_tile(width)
     launch(
         hc_post,
@@ -134,7 +141,8 @@ def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
         out,
         tokens,
         width,
-        N=streams,
+        IN=streams,
+        OUT=res.shape[1],
         W=y.shape[1],
         **tile,
     )
@@ -151,14 +159,15 @@ def post_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dy_w = Σ_i post_wi g_i, dpost_wi = ⟨g_i, y_w⟩, dres_ij = ⟨g_i, x_j⟩, dx_j = Σ_i res_ij g_i.
 
-    Args: g [T, n, C] float, the others as in `post`; need_dx says whether to form dx.
+    Args: g [T, n', C] float, the others as in `post`; need_dx says whether to form dx.
     Returns: dx [T, n, C] in x's dtype or None, dy in y's dtype, dpost and dres fp32.
-    Moves: 2n + 2, and n more with dx; 5n + 4W - 1 and 2n more with several branches or n > 8.
+    Moves: n + n' + 2, and n more with dx; with several branches or more than 8 streams
+    5n + 4W - 1 and 2n more.
     """
     tokens, streams, width = x.shape
     dx = torch.empty_like(x) if need_dx else None
     dy = torch.empty_like(y)
-    if y.shape[1] != 1 or streams > FUSED_STREAMS:
+    if y.shape[1] != 1 or max(streams, res.shape[1]) > FUSED_STREAMS:
         weighted_sum(g, post, dy)
         if dx is not None:
             weighted_sum(g, res, dx, transposed=True)
@@ -179,7 +188,8 @@ def post_backward(
         dres,
         tokens,
         width,
-        N=streams,
+        IN=streams,
+        OUT=res.shape[1],
         NEED_DX=need_dx,
         **row_tile(width, 256),
     )

@@ -38,6 +38,7 @@ def hc_post_project(
     tokens,
     width,
     slots,
+    IN: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     HALVES: tl.constexpr,
@@ -60,10 +61,11 @@ def hc_post_project(
     row_offs = tl.arange(0, BLOCK_M * HALVES)
     row_mask = row_offs < M * HALVES
     phi_rows = phi_ptr + row_offs[:, None].to(tl.int64) * (N * width) + c_offs[None, :]
+    x_rows = t_offs[:, None] * (IN * width) + c_offs[None, :]
     rows = t_offs[:, None] * (N * width) + c_offs[None, :]
     y_rows = y_ptr + t_offs[:, None] * width + c_offs[None, :]
     post = hc_columns_of(post_ptr, t_offs, t_mask, N)
-    res = hc_columns_of(res_ptr, t_offs, t_mask, N * N)
+    res = hc_columns_of(res_ptr, t_offs, t_mask, N * IN)
     if carried_ptr is not None:
         carried = hc_columns_of(carried_ptr, t_offs, t_mask, N)
     p = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
@@ -76,8 +78,8 @@ def hc_post_project(
         mask = t_mask[:, None] & c_mask[None, :]
         y_tile = tl.load(y_rows + c, mask=mask, other=0.0)
         x_tiles = ()
-        for j in tl.static_range(N):
-            x_tile = tl.load(x_ptr + rows + (j * width + c), mask=mask, other=0.0)
+        for j in tl.static_range(IN):
+            x_tile = tl.load(x_ptr + x_rows + (j * width + c), mask=mask, other=0.0)
             x_tiles = x_tiles + (x_tile,)
         product = tl.zeros([BLOCK_M * HALVES, BLOCK_T], tl.float32)
         turn_squares = tl.zeros([BLOCK_T], tl.float32)
@@ -85,8 +87,8 @@ def hc_post_project(
         u = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
         for i in tl.static_range(N):
             wide = post[i] * y_tile.to(tl.float32)
-            for j in tl.static_range(N):
-                wide += res[i * N + j] * x_tiles[j].to(tl.float32)
+            for j in tl.static_range(IN):
+                wide += res[i * IN + j] * x_tiles[j].to(tl.float32)
             written = wide.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + rows + (i * width + c), written, mask=mask)
             wide = written.to(tl.float32)
@@ -121,17 +123,17 @@ def post_project(
     """x'_i = Σ_j res_ij x_j + post_i y, u = Σ_i carried_i x'_i if asked, and the split-K partials
     of p = x' φᵀ and ss = Σx'², in the first S slots.
 
-    Args: x [T, n, C], y [T, C] float, post and carried [T, n], res [T, n, n], phi [M, n·C] fp32;
-    contiguous, n ≤ 4, M ≤ 32.
+    Args: x [T, n', C], y [T, C] float, post and carried [T, n], res [T, n, n'], phi [M, n·C] fp32;
+    contiguous, n' and n ≤ 4, M ≤ 32.
     Returns: x' [T, n, C] and u [T, C] in x's dtype, p [≥ S, T, M] and ss [≥ S, T] fp32, S.
-    Moves: 2n + 1, with u 2n + 2. A token's result does not depend on the others.
+    Moves: n' + n + 1, with u one more. A token's result does not depend on the others.
     """
-    tokens, count, width = x.shape
-    coefficients = phi.shape[0]
+    tokens, before, width = x.shape
+    count, coefficients = res.shape[1], phi.shape[0]
     operand, halves, dot = project_operand(phi, x.dtype, "bf16x2")
     tile = post_project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, count * width // 1024))
-    out = torch.empty_like(x)
+    out = x.new_empty(tokens, count, width)
     u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
     turns = cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
     slots, few = turns_apart(turns, tokens)
@@ -153,6 +155,7 @@ def post_project(
         tokens,
         width,
         slots,
+        IN=before,
         N=count,
         M=coefficients,
         HALVES=halves,

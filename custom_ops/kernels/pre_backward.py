@@ -23,9 +23,12 @@ def hc_aggregate_dots(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """ROWS views of one token: dpre_vi = ⟨du_v, x_i⟩."""
+    """ROWS views of one token: dpre_vi = ⟨du_v, x_i⟩.
+
+    The last tokens come first: L2 still holds them of du, and then the first of x for `pre_dx`.
+    """
     GROUPS: tl.constexpr = (V + ROWS - 1) // ROWS
-    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    token = ((tl.num_programs(0) - 1 - tl.program_id(0)) // GROUPS).to(tl.int64)
     first = (tl.program_id(0) % GROUPS) * ROWS
     column_offs = tl.arange(0, BLOCK_C)
     dots = ()
@@ -96,27 +99,27 @@ def pre_dx(
 
     with_dots, of a single view, asks for ⟨du, x_j⟩ as well, which then costs no pass of its own.
 
-    Args: x [T, n, C], du [T, V, C] or None, g [T, n, C] or None, float; pre [T, V, n],
-    phi [M, n·C], dp [T, M], dss [T], res [T, n, n] fp32; all contiguous. At bf16 x, dp enters
+    Args: x [T, n, C], du [T, V, C] or None, g [T, n', C] or None, float; pre [T, V, n],
+    phi [M, n·C], dp [T, M], dss [T], res [T, n', n] fp32; all contiguous. At bf16 x, dp enters
     dφ as 2 bf16 parts (relative error 2.5e-6 over 65,536 tokens, where an fp32 product has 5.3e-7)
     or, if precision is "ieee" and dφ does not take its own pass, as 3 (1.7e-7); φᵀdp takes both
     factors as tf32.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32, ⟨du, x⟩ [T, n] fp32 or None.
-    Moves: 3n + 1; 4n + 1 where the sums of dφ do not fit the registers (n > 4, V > 1, M > 32).
+    Moves: 2n + n' + 1; n more where dφ's sums don't fit the registers (n > 4, V > 1, M > 32).
     """
     streams = x.shape[1]
     views = 0 if du is None else du.shape[1]
     du = x if du is None else du
     pre = dp if pre is None else pre
-    has_g = g is not None
+    g_rows = 0 if g is None else g.shape[1]
     g = x if g is None else g
     res = dp if res is None else res
     dx = torch.empty_like(x)
     if streams > 4 or views > 1 or phi.shape[0] > 32:
-        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, has_g)
+        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
         dots = aggregate_dots(du, x).squeeze(1) if with_dots else None
         return dx, wide_dphi(x, dp, phi), dots
-    options = (views, has_g, precision, with_dots)
+    options = (views, g_rows, precision, with_dots)
     return dx, *fused_dx(x, du, pre, phi, dp, dss, g, res, dx, *options)
 
 

@@ -1,10 +1,21 @@
 """dx and dφ of the reading side in one pass over the streams, for up to 4 streams.
 
-The work is slices of BLOCK_C columns × tiles of BLOCK_T tokens, slice by slice, and every program
-takes an equal run of it: φ's slice and the sums of dφ stay with the program, which leaves the sums
-in a slot when it comes to the next slice. Which program adds what depends on the shape alone.
-Whole numbers of programs a slice keep neighbours at the same tokens, so that they read whole rows
-of memory: 128 programs took 720 µs where 132 took 752 (16384×4096, H100).
+The work is slices of BLOCK_C columns × tiles of BLOCK_T tokens. φ's slice and the sums of dφ stay
+with a program while it walks tokens, so a program keeps to a slice, and it leaves the sums in a
+slot when it is done with one. As many whole lanes of programs as the device holds, a program a
+slice, share the first tiles; neighbours are then at the same tokens and read whole rows of memory.
+Where many programs are left over, they are helpers and share the last tiles, slice by slice:
+
+             slice 0   slice 1   slice 2
+    tile 0   lane 0    lane 0    lane 0
+    tile 1   lane 0    lane 0    lane 0
+    tile 2   lane 1    lane 1    lane 1
+    tile 3   helper 0  helper 0  helper 1   ◀ hc_lane_tiles
+    tile 4   helper 0  helper 1  helper 1
+
+Which program adds what depends on the shape alone. H100, bf16, n = 4, with helpers and without:
+8192×2560 (12 helpers) 236 and 244 µs, 4096×7168 (20) 327 and 341, 32768×1280 (12) 446 and 470;
+16384×4096 (4) 699 and 684, so few of them are left idle.
 """
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 
@@ -28,18 +39,25 @@ def hc_long(value):
 
 
 @triton.jit
-def hc_share(index, tiles, slices, programs):
-    """First piece of work of program `index`: work = slices · tiles pieces, dealt out evenly."""
-    work = hc_long(tiles) * slices
-    count = tl.minimum(work, programs)
-    return tl.minimum(index, count) * work // tl.maximum(count, 1)
+def hc_lane_tiles(tiles, slices, lanes, helpers):
+    """Tiles that the lanes take; coming to another slice costs a helper about a tile."""
+    own = lanes * slices
+    share = (hc_long(tiles) + 1) * own // (own + helpers)
+    return tl.minimum(share, tiles).to(tl.int32)
 
 
 @triton.jit
-def hc_owner(piece, tiles, slices, programs):
-    """The program that a piece of work belongs to: the last whose share starts at or before it."""
-    work = hc_long(tiles) * slices
-    return ((piece + 1) * tl.minimum(work, programs) - 1) // tl.maximum(work, 1)
+def hc_share(index, work, programs):
+    """First of the `work` pieces that program `index` of some takes."""
+    count = tl.minimum(work, programs)
+    return (hc_long(tl.minimum(index, count)) * work // tl.maximum(count, 1)).to(tl.int32)
+
+
+@triton.jit
+def hc_owner(piece, work, helpers):
+    """The helper that a piece belongs to: the last whose share starts at or before it."""
+    last = (hc_long(piece) + 1) * tl.minimum(work, helpers) - 1
+    return (last // tl.maximum(work, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -78,7 +96,7 @@ def hc_add_mixed(dx, tile, mix_ptr, N: tl.constexpr, BLOCK_T: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["tokens", "programs"])
+@triton.jit(do_not_specialize=["tokens", "lanes", "helpers"])
 def hc_pre_dx(
     x_ptr,
     du_ptr,
@@ -91,11 +109,12 @@ def hc_pre_dx(
     dots_ptr,
     tokens,
     width,
-    programs,
+    lanes,
+    helpers,
     N: tl.constexpr,
     V: tl.constexpr,
     M: tl.constexpr,
-    HAS_G: tl.constexpr,
+    G: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -103,24 +122,31 @@ def hc_pre_dx(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx on an equal share of the work, and the sums of dφ over it, one slot a slice.
+    """dx on this program's share of the work, and the sums of dφ over it, one slot a slice.
 
     With dots_ptr (of a single view) also every slice's share of ⟨du, x_j⟩.
     """
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
-    index = hc_long(tl.program_id(0))
-    begin = hc_share(index, tiles, slices, programs)
-    end = hc_share(index + 1, tiles, slices, programs)
-    span = hc_long(tl.maximum(tiles, 1))
-    SQUARE: tl.constexpr = N * N if HAS_G else 0
-    COUNT: tl.constexpr = SQUARE + V * N + 1
+    lane = tl.program_id(0) // slices
+    helper = tl.program_id(0) - lanes * slices
+    early = hc_lane_tiles(tiles, slices, lanes, helpers)  # tiles of the lanes
+    late = tiles - early
+    begin = hc_share(helper, late * slices, helpers)
+    end = hc_share(helper + 1, late * slices, helpers)
+    span = tl.maximum(late, 1)
+    MIXED: tl.constexpr = G * N
+    COUNT: tl.constexpr = MIXED + V * N + 1
     depth = N * width
     m_offs = tl.arange(0, BLOCK_M)
     t_offs = tl.arange(0, BLOCK_T)
+    PAD_N: tl.constexpr = N + N // 3 * (4 - N)  # N ≤ 4, to a power of two
+    n_offs = tl.arange(0, PAD_N)[None, :]
     dp_offs = t_offs[:, None] * M + m_offs[None, :]
-    first_piece = (begin // span).to(tl.int32)
-    stop_piece = tl.where(begin < end, (end + span - 1) // span, 0).to(tl.int32)
+    in_lane = helper < 0
+    first_piece = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
+    stop_piece = tl.where(begin < end, tl.cdiv(end, span), 0)
+    stop_piece = tl.where(in_lane, first_piece + 1, stop_piece)
     for piece in range(first_piece, stop_piece):
         c_offs = piece * BLOCK_C + tl.arange(0, BLOCK_C)
         c_mask = c_offs < width
@@ -132,8 +158,10 @@ def hc_pre_dx(
             phi_tile = tl.load(phi_ptr + phi_offs + j * width, mask=phi_mask, other=0.0)
             phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
             dphi = dphi + (tl.zeros([BLOCK_C, BLOCK_M], tl.float32),)
-        first = tl.maximum(begin - piece * span, 0).to(tl.int32)
-        last = tl.minimum(end - piece * span, span).to(tl.int32)
+        first = early + tl.maximum(begin - piece * span, 0)
+        last = early + tl.minimum(end - piece * span, span)
+        first = tl.where(in_lane, hc_share(lane, early, lanes), first)
+        last = tl.where(in_lane, hc_share(lane + 1, early, lanes), last)
         rows = t_offs[:, None] * depth + c_offs[None, :]
         for tile in tl.range(first, last, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
@@ -149,7 +177,7 @@ def hc_pre_dx(
             if dots_ptr is not None:
                 only_ptrs = du_ptr + token * width + t_offs[:, None] * width + c_offs[None, :]
                 only_du = tl.load(only_ptrs, mask=mask, other=0.0).to(tl.float32)
-                dots_ptrs = dots_ptr + (hc_long(piece) * tokens + token + t_offs) * N
+                dots = tl.zeros([BLOCK_T, PAD_N], tl.float32)
             for j in tl.static_range(N):
                 x_ptrs = x_ptr + token * depth + j * width + rows
                 x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
@@ -158,7 +186,11 @@ def hc_pre_dx(
                 dx = dx + (part + dss[:, None] * x_tile.to(tl.float32),)
                 if dots_ptr is not None:
                     dot = tl.sum(only_du * x_tile.to(tl.float32), axis=1)
-                    tl.store(dots_ptrs + j, dot, mask=t_mask)
+                    dots += tl.where(n_offs == j, dot[:, None], 0.0)
+            if dots_ptr is not None:
+                dots_ptrs = dots_ptr + (hc_long(piece) * tokens + token) * N
+                dots_mask = t_mask[:, None] & (n_offs < N)
+                tl.store(dots_ptrs + t_offs[:, None] * N + n_offs, dots, mask=dots_mask)
             dphi = sums
             for v in tl.static_range(V):
                 if dots_ptr is None:
@@ -167,48 +199,52 @@ def hc_pre_dx(
                     du_tile = tl.load(du_ptrs, mask=mask, other=0.0).to(tl.float32)
                 else:
                     du_tile = only_du
-                dx = hc_add_mixed(dx, du_tile, mix_tile + (SQUARE + v * N) * BLOCK_T, N, BLOCK_T)
-            if HAS_G:
-                for i in tl.static_range(N):
-                    g_ptrs = g_ptr + token * depth + i * width + rows
+                dx = hc_add_mixed(dx, du_tile, mix_tile + (MIXED + v * N) * BLOCK_T, N, BLOCK_T)
+            if G > 0:
+                g_offs = t_offs[:, None] * (G * width) + c_offs[None, :]
+                for i in tl.static_range(G):
+                    g_ptrs = g_ptr + token * (G * width) + i * width + g_offs
                     g_tile = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
                     dx = hc_add_mixed(dx, g_tile, mix_tile + i * N * BLOCK_T, N, BLOCK_T)
             for j in tl.static_range(N):
                 dx_ptrs = dx_ptr + token * depth + j * width + rows
                 tl.store(dx_ptrs, dx[j].to(dx_ptr.dtype.element_ty), mask=mask)
-        slot = index - hc_owner(piece * span, tiles, slices, programs)
-        slot_ptr = part_ptr + (slot * slices + piece) * (N * BLOCK_C * BLOCK_M)
+        slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
+        slot = tl.where(in_lane, lane, slot)
+        slot_ptr = part_ptr + (hc_long(slot) * slices + piece) * (N * BLOCK_C * BLOCK_M)
         slot_offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         for j in tl.static_range(N):
             tl.store(slot_ptr + j * (BLOCK_C * BLOCK_M) + slot_offs, dphi[j])
 
 
-@triton.jit(do_not_specialize=["tokens", "programs"])
+@triton.jit(do_not_specialize=["tokens", "lanes", "helpers"])
 def hc_pre_dx_sum(
     part_ptr,
     dphi_ptr,
     tokens,
     width,
-    programs,
+    lanes,
+    helpers,
     N: tl.constexpr,
     M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dφ [M, n·C] of one slice of one stream: its slots, in the order of their tokens."""
+    """dφ [M, n·C] of one slice of one stream: its slots, the lanes' first."""
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
     piece = tl.program_id(0)
-    begin = hc_long(piece) * tiles
-    first = hc_owner(begin, tiles, slices, programs)
-    last = hc_owner(begin + tiles - 1, tiles, slices, programs)
+    late = tiles - hc_lane_tiles(tiles, slices, lanes, helpers)
+    first = hc_owner(piece * late, late * slices, helpers)
+    last = hc_owner(piece * late + late - 1, late * slices, helpers)
+    slots = lanes + tl.where(late > 0, last - first + 1, 0)
     c_offs = tl.arange(0, BLOCK_C)
     m_offs = tl.arange(0, BLOCK_M)
     part_ptrs = part_ptr + (piece * N + tl.program_id(1)) * (BLOCK_C * BLOCK_M)
     part_ptrs += c_offs[:, None] * BLOCK_M + m_offs[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
-    for _ in range(tl.where(tiles > 0, last - first + 1, 0)):
+    for _ in range(slots):
         total += tl.load(part_ptrs)
         part_ptrs += slices * (N * BLOCK_C * BLOCK_M)
     c_offs += piece * BLOCK_C
@@ -218,34 +254,38 @@ def hc_pre_dx_sum(
 
 
 def fused_dx(
-    x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool, precision: str, with_dots: bool
+    x, du, pre, phi, dp, dss, g, res, dx, views: int, g_rows: int, precision: str, with_dots: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx, written; dφ and ⟨du, x⟩ [T, n] if asked, returned; the arguments are `pre_dx`'s."""
     tokens, streams, width = x.shape
     coefficients = phi.shape[0]
     tile = fused_tile(x, coefficients, precision)
     block_t = tile["BLOCK_T"]
-    mix = packed_mix(pre, dss, res, streams, views, has_g, block_t)
+    mix = packed_mix(pre, dss, res, streams, views, g_rows, block_t)
     slices = cdiv(width, tile["BLOCK_C"])
-    programs = PROGRAMS // slices * slices if slices <= PROGRAMS else PROGRAMS
+    lanes = PROGRAMS // slices
+    helpers = PROGRAMS - lanes * slices
+    helpers = (
+        helpers if helpers * 16 > PROGRAMS else 0
+    )  # a few are not worth their scattered reads
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
-    sums = phi.new_empty((programs // slices + 2) * slices * streams * block)
+    sums = phi.new_empty((lanes + helpers // slices + 2) * slices * streams * block)
     dots = dp.new_empty(slices, tokens, streams) if with_dots else None
     launch(
         hc_pre_dx,
-        (programs,),
-        *(x, du, g, phi, mix, dp, dx, sums, dots, tokens, width, programs),
+        (lanes * slices + helpers,),
+        *(x, du, g, phi, mix, dp, dx, sums, dots, tokens, width, lanes, helpers),
         N=streams,
         V=views,
         M=coefficients,
-        HAS_G=has_g,
+        G=g_rows,
         **tile,
     )
     dphi = torch.empty_like(phi)
     launch(
         hc_pre_dx_sum,
         (slices, streams),
-        *(sums, dphi, tokens, width, programs),
+        *(sums, dphi, tokens, width, lanes, helpers),
         N=streams,
         M=coefficients,
         BLOCK_T=block_t,

@@ -82,7 +82,7 @@ def hc_pre_dx_wide(
     V: tl.constexpr,
     M: tl.constexpr,
     STRIDE: tl.constexpr,
-    HAS_G: tl.constexpr,
+    G: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,14 +98,15 @@ def hc_pre_dx_wide(
     t_mask = t_offs < tokens
     mask = t_mask[:, None] & c_mask[None, :]
     rows = t_offs[:, None] * (N * width) + c_offs[None, :]
-    SQUARE: tl.constexpr = N * N if HAS_G else 0
-    COUNT: tl.constexpr = SQUARE + V * N + 1
+    MIXED: tl.constexpr = G * N
+    COUNT: tl.constexpr = MIXED + V * N + 1
     mix = mix_ptr + (tile // column_tiles).to(tl.int64) * (COUNT * BLOCK_T) + tl.arange(0, BLOCK_T)
     dss = tl.load(mix + (COUNT - 1) * BLOCK_T)
     g_tiles = ()
-    if HAS_G:
-        for i in tl.static_range(N):
-            g_tiles = g_tiles + (tl.load(g_ptr + rows + i * width, mask=mask, other=0.0),)
+    if G > 0:
+        g_rows = g_ptr + t_offs[:, None] * (G * width) + c_offs[None, :]
+        for i in tl.static_range(G):
+            g_tiles = g_tiles + (tl.load(g_rows + i * width, mask=mask, other=0.0),)
     TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     dp = hc_dp_tile(dp_ptr, t_offs, t_mask, tl.arange(0, BLOCK_M), M, DOT)
     for j in tl.range(0, N, num_stages=STAGES):  # unrolled, n = 16 would compile for minutes
@@ -114,10 +115,10 @@ def hc_pre_dx_wide(
         for v in tl.static_range(V):
             du_offs = t_offs[:, None] * (V * width) + v * width + c_offs[None, :]
             du_tile = tl.load(du_ptr + du_offs, mask=mask, other=0.0)
-            pre = tl.load(mix + (SQUARE + v * N + j) * BLOCK_T)
+            pre = tl.load(mix + (MIXED + v * N + j) * BLOCK_T)
             dx += pre[:, None] * du_tile.to(tl.float32)
-        if HAS_G:
-            for i in tl.static_range(N):
+        if G > 0:
+            for i in tl.static_range(G):
                 res = tl.load(mix + (i * N + j) * BLOCK_T)
                 dx += res[:, None] * g_tiles[i].to(tl.float32)
         for m_tile in tl.static_range(TILES):
@@ -169,7 +170,7 @@ def hc_pre_dphi(
     tl.store(part_ptr + offs, dphi, mask=k_mask[:, None] & m_mask[None, :])
 
 
-def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> None:
+def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, g_rows: int) -> None:
     """dx of `pre_dx` alone; every tile of tokens reads φᵀ again, from L2."""
     tokens, streams, width = x.shape
     coefficients, depth = phi.shape
@@ -181,14 +182,14 @@ def wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views: int, has_g: bool) -> No
     launch(hc_pre_transpose, grid, phi, turned, depth, BLOCK_M=32, BLOCK_K=64, **meta)
     tile = wide_dx_tile(streams, views, coefficients, x.dtype)
     tiles = cdiv(tokens, tile["BLOCK_T"]) * cdiv(width, tile["BLOCK_C"])
-    mix = packed_mix(pre, dss, res, streams, views, has_g, tile["BLOCK_T"])
+    mix = packed_mix(pre, dss, res, streams, views, g_rows, tile["BLOCK_T"])
     launch(
         hc_pre_dx_wide,
         (tiles,),
         *(x, du, turned, dp, g, mix, dx, tokens, width),
         N=streams,
         V=views,
-        HAS_G=has_g,
+        G=g_rows,
         **meta,
         **tile,
     )

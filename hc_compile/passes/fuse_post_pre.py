@@ -9,7 +9,7 @@ Numerics-preserving: the same mathematics in the same order; ∂x' is no longer 
 two. x' may have other users, and reshapes that undo each other may lie between the two. A post
 without a pre, or a pre without a post, stays as it is; so do a pair whose values something writes
 in place, a pair in different grad or autocast regions, and a post that changes the number of
-streams.
+streams and takes a ghost.
 """
 
 from typing import Any
@@ -54,7 +54,9 @@ def _fuse(graph: Graph, post: Node, pre: Node, region: dict, order: dict) -> boo
         return False
     if not region[post] == region[first_user] == region[pre]:
         return False
-    if not untouched(post, *write.values(), *tail, *more) or not square(write["res"]):
+    if not untouched(post, *write.values(), *tail, *more):
+        return False
+    if not square(write["res"]) and write["ghost"] is not None:
         return False
     with graph.inserting_before(first_user):
         inputs = (write["x"], write["y"], write["post"], write["res"], *tail, read["spec"])

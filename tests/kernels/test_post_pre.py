@@ -76,6 +76,49 @@ def test_without_ghost(shape, delayed):
     close(ours, [*plain, *gradients(plain, leaves, cotangents)], true)
 
 
+def test_of_one_stream():
+    """The seam after a network's first sublayer, whose streams are copies."""
+    inputs, c = boundary(37, 4, 96)
+    inputs[0], inputs[3] = inputs[0][:, :1].contiguous(), inputs[3].sum(-1, keepdim=True)
+    assert op.fits(*inputs[:4], c)
+    wide = [t.double().requires_grad_() for t in inputs]
+    leaves = [t.requires_grad_() for t in inputs]
+    exact, plain = composite(*wide, c), composite(*leaves, c)
+    outputs = fused(*leaves, c)[:5]
+    cotangents = [normal(*o.shape, seed=8 + i).to(o.dtype) for i, o in enumerate(outputs)]
+    results = [
+        [*made, *gradients(made, given, cotangents)]
+        for made, given in ((outputs, leaves), (plain, leaves), (exact, wide))
+    ]
+    close(*results)
+
+
+def test_of_streams_that_are_summed():
+    """The last post makes one stream: the ghost brings its cotangent back for all of them."""
+    inputs, c = boundary(37, 4, 96)
+    y, weights = normal(37, 96, seed=40).bfloat16(), normal(37, 4, seed=41)
+    leaves = [t.requires_grad_() for t in (*inputs, y, weights)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    cotangent = normal(37, 1, 96, seed=42).bfloat16()
+
+    def plain(x, y0, post0, res0, phi, alpha, bias, y, weights):
+        streams, u, pre, _, res = composite(x, y0, post0, res0, phi, alpha, bias, c)
+        return reference.post(streams, y + u, weights * pre, res).sum(-2, keepdim=True)
+
+    def ours(x, y0, post0, res0, phi, alpha, bias, y, weights):
+        streams, u, pre, _, res, _, _, ghost = fused(
+            x, y0, post0, res0, phi, alpha, bias, c, with_ghost=True
+        )
+        write, mix = (weights * pre).sum(-1, keepdim=True), res.sum(-2, keepdim=True)
+        return torch.ops.hc.post(streams.detach(), y + u, write, mix, ghost)
+
+    results = []
+    for function, given in ((ours, leaves), (plain, leaves), (plain, wide)):
+        made = function(*given)
+        results.append([made, *torch.autograd.grad(made, given, cotangent.to(made.dtype))])
+    close(*results)
+
+
 @pytest.mark.parametrize("extra", [False, True], ids=["alone", "with another user of x'"])
 @pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

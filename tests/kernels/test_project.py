@@ -73,6 +73,18 @@ def test_pre_dx(shape, dtype, views):
         check_sublayer(case, made, slack=slack)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("streams", [1, 3, 4, 6])
+def test_pre_dx_of_one_cotangent(streams, dtype):
+    """One row of g, for all streams: that of a post that made one stream of n."""
+    case = Sublayer(7, streams, 130, dtype)
+    given = (case.x, case.du, case.pre, case.phi, case.dp, case.dss)
+    one, res = case.g[:, :1].contiguous(), case.res.sum(1, keepdim=True)
+    case.g = one.expand_as(case.x)
+    slack = SPLIT if dtype == torch.bfloat16 else 4e-6
+    check_sublayer(case, {"dx": pre_dx(*given, one, res)[0]}, slack=slack)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_project_backward(shape):
     case = Sublayer(*shape, torch.bfloat16)

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
+from custom_ops import reference
 from custom_ops.kernels.aggregate import aggregate, aggregate_backward
 from custom_ops.kernels.post import post, post_backward
 from custom_ops.kernels.pre_backward import aggregate_dots
 from tests.kernels.cases import (
     DEVICE,
     DTYPES,
+    INTERPRETED,
     SHAPES,
     Sublayer,
     anywhere,
     check_sublayer,
     on_gpu,
+    random,
     worst,
 )
 
@@ -41,6 +44,25 @@ def test_post(shape, dtype, branches):
         outputs = {"dy": dy, "dpost": dpost, "dres": dres}
         assert (dx is not None) == need_dx
         check_sublayer(case, outputs | ({"mixed": dx} if need_dx else {}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before, after", [(1, 4), (4, 1), (3, 2), (9, 2)])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_post_between_numbers_of_streams(before, after, branches, dtype):
+    """The first sublayer of a network makes n streams of one, its mean one of n."""
+    tokens, width = 3, 130
+    x, g = random(tokens, before, width, dtype=dtype), random(tokens, after, width, dtype=dtype)
+    y = random(tokens, branches, width, dtype=dtype, seed=1)
+    weights, res = random(tokens, branches, after), random(tokens, after, before, seed=2)
+    made = post(x, y, weights, res)
+    dx, dy, dweights, dres = post_backward(g, x, y, weights, res, True)
+    wide = [t.double().requires_grad_() for t in (x, y, weights, res)]
+    exact = reference.post(*wide)
+    truth = [exact, *torch.autograd.grad(exact, wide, g.double())]
+    limit = (8 if INTERPRETED else 2) * torch.finfo(dtype).eps + 1e-5
+    for ours, true in zip((made, dx, dy, dweights, dres), truth, strict=True):
+        assert ours.shape == true.shape and worst(ours, true.detach()) <= limit * 4
 
 
 def test_post_takes_a_branch_of_another_dtype():
