@@ -14,11 +14,11 @@ python="${PYTHON:-python}" workers="${WORKERS:-8}"
 declare -A limit=(
     [gate]=120 [small]=110 [sublayer]=260 [ops]=160 [seam]=60 [model]=260 [tests]=420
     [recompute]=200 [compile]=300 [inference]=180 [compat]=200 [layers]=160 [paths]=200
-    [quickstart]=200
+    [quickstart]=200 [integrations]=180
 )
 order=(
-    gate small sublayer ops seam model tests recompute inference compat layers paths quickstart
-    compile
+    gate small sublayer ops seam model tests recompute inference compat layers integrations paths
+    quickstart compile
 )
 
 bench() { # NAME SCRIPT [arguments]: one benchmark, recorded
@@ -44,6 +44,7 @@ step() {
         inference) bench inference bench_inference --presets residual mhc mhc-v4.1 ;;
         compat) bench compat bench_compat ;;
         layers) bench layers bench_layers ;;
+        integrations) bench integrations bench_integrations --seconds 150 ;;
         paths) "$python" -m scripts.profile_paths --steps 50 --out "$out/paths" \
             ${COMMIT:+--commit "$COMMIT"} ;;
         quickstart) "$python" -m scripts.quickstart --steps 60 --out "$out/quickstart" ;;
