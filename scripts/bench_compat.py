@@ -127,25 +127,29 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     return data
 
 
-def render(data: dict) -> str:
-    """The tables as markdown, claims beside ours."""
+def table(data: dict, name: str) -> str:
+    """One line a case and way; in table "triton" with what that package claims."""
     keys = {"forward_ms": 3, "forward_graph_ms": 3, "train_ms": 3, "train_graph_ms": 3}
     keys |= {"forward_floor_ms": 3, "saved_mb": 2, "peak_mb": 1}
     header = ["forward ms", "forward, CUDA graph ms", "train ms", "train, CUDA graph ms"]
     header += ["forward floor ms", "saved MiB", "peak MiB"]
+    header += ["claimed, PyTorch → Triton"] if name == "triton" else []
+    lines = []
+    for one in (r for r in data["records"] if r["table"] == name):
+        cells = [one["op"], one["way"], "×".join(map(str, one["shape"]))]
+        cells += [tables.number(one[key], digits) for key, digits in keys.items()]
+        if name == "triton":
+            claimed = data["claimed"].get(one["op"])
+            cells.append("–" if claimed is None else f"{claimed[0]} → {claimed[1]}")
+        lines.append(cells)
+    return tables.markdown(["case", "way", "shape", *header], lines)
+
+
+def render(data: dict) -> str:
+    """The tables as markdown, claims beside ours."""
     parts = [f"Measured on {tables.machine_line(data)}: `{data['command']}`."]
-    for name in TABLES:
-        lines = []
-        for one in (r for r in data["records"] if r["table"] == name):
-            cells = [one["op"], one["way"], "×".join(map(str, one["shape"]))]
-            cells += [tables.number(one[key], digits) for key, digits in keys.items()]
-            if name == "triton":
-                claimed = data["claimed"].get(one["op"])
-                cells.append("–" if claimed is None else f"{claimed[0]} → {claimed[1]}")
-            lines.append(cells)
-        if lines:
-            claims = ["claimed, PyTorch → Triton"] if name == "triton" else []
-            parts.append(tables.markdown(["case", "way", "shape", *header, *claims], lines))
+    measured = {record["table"] for record in data["records"]}
+    parts += [table(data, name) for name in TABLES if name in measured]
     parts += [f"Not measured: {name} ({error})." for name, error in data["failed"].items()]
     return "\n\n".join(parts)
 

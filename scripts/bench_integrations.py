@@ -57,9 +57,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     return data
 
 
-def render(data: dict) -> str:
-    """One line a model and way; times also as a share of the same model's eager original."""
-    batch = data["batch"]
+def table(data: dict) -> str:
+    """One line a model and way; speed-up over the same model's eager original."""
     found = data["integrations"]
     eager = {r["model"]: r.get("step_ms") for r in found if r["way"] == "original, eager"}
     rows = []
@@ -73,14 +72,20 @@ def render(data: dict) -> str:
         rows.append([*cells, f"{record['worst_difference']:.1e}"])
     header = ["model, layers × C", "way", "step ms", "speed-up", "peak GB", "first call s"]
     header += ["graphs", "Δlogits, median token", "worst token"]
+    return tables.markdown(header, rows)
+
+
+def render(data: dict) -> str:
+    """What a recorded run says."""
+    batch = data["batch"]
     parts = [
         f"Measured on {tables.machine_line(data)}, transformers {data['transformers']}, "
         f"{batch['batch']}×{batch['length']} tokens: `{data['command']}`.",
-        tables.markdown(header, rows),
+        table(data),
     ]
     parts += [
         f"Not measured: {TITLES[r['model']]}, {r['way']} ({r['failed']})."
-        for r in found
+        for r in data["integrations"]
         if "failed" in r
     ]
     parts += [f"Not measured: {name} ({error})." for name, error in data["failed"].items()]
