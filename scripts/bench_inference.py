@@ -58,7 +58,10 @@ def table(data: dict) -> str:
     for preset, way in dict.fromkeys((preset, way) for preset, way, _ in records):
         cells = [preset, way]
         for phase in labels:
-            ours = records[preset, way, phase]
+            ours = records.get((preset, way, phase))
+            if ours is None:  # a run that was cut off
+                cells.append(tables.number(None))
+                continue
             base = records.get(("residual", way, phase))
             text = tables.number(ours["tokens_per_s"], 0)
             if base is not None and preset != "residual":
