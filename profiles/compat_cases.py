@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from profiles.sublayer import branch
 
 # Published for an H100 SXM5 at batch 8, sequence 2048, dim 4096: (PyTorch ms, Triton ms).
 CLAIMED = {"sinkhorn": (0.42, 0.08), "stream mix": (1.85, 0.32), "step": (8.2, 1.9)}
+ORIGINAL = "mHC-Triton"
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,23 @@ def our_step(layer: nn.Module) -> Callable[[Tensor], tuple[Tensor]]:
     return step
 
 
+def original(device: str) -> ModuleType | None:
+    """mHC-Triton itself, whose package is called mhc, where it is installed and can run."""
+    if not device.startswith("cuda") or find_spec("mhc") is None:
+        return None
+    import mhc
+
+    return mhc if hasattr(mhc, "fused_stream_mix") else None
+
+
 def matrix_cases(size: Size, device: str) -> Iterator[Case]:
     """Sinkhorn alone: one matrix a sequence, as published, and one a token."""
     for count in (size.batch, size.batch * size.sequence):
         m = draw(count, size.streams, size.streams, device=device)
         op = "sinkhorn" if count == size.batch else f"sinkhorn, {count} matrices"
         yield Case("triton", op, "PyTorch", plain_sinkhorn, (m,))
+        if theirs := original(device):
+            yield Case("triton", op, ORIGINAL, lambda m, t=theirs: (t.sinkhorn_knopp(m),), (m,))
         yield Case("triton", op, "ours", lambda m: (mhc_triton.sinkhorn_knopp(m),), (m,))
 
 
@@ -106,7 +119,11 @@ def mix_cases(size: Size, device: str) -> Iterator[Case]:
     x = draw(b, s, n, d, device=device, dtype=torch.bfloat16)
     weights = draw(b, n, device=device), draw(b, n, n, device=device)
     units = 2 * n + 1
-    for way, function in (("PyTorch", plain_mix), ("ours", mhc_triton.fused_stream_mix)):
+    ways: dict[str, Callable] = {"PyTorch": plain_mix}
+    if theirs := original(device):
+        ways[ORIGINAL] = theirs.fused_stream_mix
+    ways["ours"] = mhc_triton.fused_stream_mix
+    for way, function in ways.items():
         yield Case("triton", "stream mix", way, function, (x, *weights), units=units)
 
 
@@ -128,6 +145,12 @@ def step_cases(size: Size, device: str) -> Iterator[Case]:
     }
     for way, function in ways.items():
         yield Case("triton", "step", way, function, (x,), rest, units=3 * n + 4)
+    if theirs := original(device):
+        peer = theirs.HyperConnection(d, n).to(device)
+        with torch.no_grad():
+            peer.phi.normal_(0, (n * d) ** -0.5)
+        rest = tuple(peer.parameters())
+        yield Case("triton", "step", ORIGINAL, our_step(peer), (x,), rest, units=3 * n + 4)
 
 
 LAYERS: dict[str, tuple[str, dict]] = {

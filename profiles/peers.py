@@ -55,12 +55,13 @@ class TransformerEngineSublayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Streams [T, n, C], taken as [T, 1, C, n]: only time is looked at."""
-        streams = x.view(x.shape[0], 1, x.shape[2], x.shape[1])
+        n = x.shape[1]
+        streams = x.view(x.shape[0], 1, x.shape[2], n)
         u, post, res = self.mhc.mhc_generate_mix_and_aggregate(
             streams, self.phi, self.alpha, self.bias
         )
         y = torch.ops.hc_bench.branch(u)
-        return self.mhc.mhc_fused_expand_combine(y, None, post, streams, res).view_as(x)
+        return self.mhc.mhc_fused_expand_combine(y, None, post, streams, res, n).view_as(x)
 
 
 class TileKernelsSublayer(nn.Module):

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     return data
 
 
-def render(data: dict) -> str:
+def table(data: dict) -> str:
     """The table: seconds of each part, and how many times the twin's the whole is."""
     twin = {r["layers"]: r["seconds"] for r in data["compile"] if r["way"] == "residual"}
     rows = []
@@ -65,8 +65,12 @@ def render(data: dict) -> str:
         cells = [tables.number(record[part], 1) for part in PARTS]
         rows.append([record["way"], str(record["layers"]), *cells, times])
     header = ["network", "layers", "first step s", "own CPU s", *PARTS[2:], "÷ residual"]
-    line = f"Measured on {tables.machine_line(data)}: `{data['command']}`."
-    return f"{line}\n\n{tables.markdown(header, rows)}"
+    return tables.markdown(header, rows)
+
+
+def render(data: dict) -> str:
+    """What a recorded run says."""
+    return f"Measured on {tables.machine_line(data)}: `{data['command']}`.\n\n{table(data)}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     return data
 
 
-def render(data: dict) -> str:
+def table(data: dict) -> str:
     """One line a preset and way, one column a phase: tokens a second and the loss to residual."""
     records = {(r["preset"], r["way"], r["phase"]): r for r in data["inference"]}
     labels = list(dict.fromkeys(phase for *_, phase in records))
@@ -58,7 +58,10 @@ def render(data: dict) -> str:
     for preset, way in dict.fromkeys((preset, way) for preset, way, _ in records):
         cells = [preset, way]
         for phase in labels:
-            ours = records[preset, way, phase]
+            ours = records.get((preset, way, phase))
+            if ours is None:  # a run that was cut off
+                cells.append(tables.number(None))
+                continue
             base = records.get(("residual", way, phase))
             text = tables.number(ours["tokens_per_s"], 0)
             if base is not None and preset != "residual":
@@ -66,9 +69,12 @@ def render(data: dict) -> str:
                 text += f" ({slower * 100:+.1f} % time)"
             cells.append(text)
         rows.append(cells)
-    head = f"Measured on {tables.machine_line(data)}: `{data['command']}`."
-    table = tables.markdown(["preset", "way", *(f"{phase}, tokens/s" for phase in labels)], rows)
-    return f"{head}\n\n{table}"
+    return tables.markdown(["preset", "way", *(f"{phase}, tokens/s" for phase in labels)], rows)
+
+
+def render(data: dict) -> str:
+    """What a recorded run says."""
+    return f"Measured on {tables.machine_line(data)}: `{data['command']}`.\n\n{table(data)}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

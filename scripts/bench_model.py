@@ -109,13 +109,18 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         "repeats": repeats,
         "model": [],
     }
+
+    def save() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
+
     for net in nets:
         if args.recompute:
             data.setdefault("saved", []).extend(bench_saved(net, args.device))
+            save()
         memory = args.memory_plot is not None
         data["model"] += bench_net(net, ways, args.device, rounds, repeats, memory)
-        if args.json:
-            args.json.write_text(json.dumps(data, indent=1) + "\n")
+        save()
     if args.plot:
         plot(data, args.plot)
     if args.memory_plot:

@@ -147,6 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("profiles/out"))
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS))
+    parser.add_argument("--commit", help="to record where the code lies outside git")
     for name in ("dim", "layers", "batch", "length"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     connection = connection_config(args, size.dim)
     corpus = load_corpus(args.text)
     cfg = TrainConfig(size.steps, size.batch, size.length, seed=args.seed, device=args.device)
-    machine = describe(args.device)
+    machine = describe(args.device) | ({"git_commit": args.commit} if args.commit else {})
     named_kernels_on_cpu()
     args.out.mkdir(parents=True, exist_ok=True)
     print(

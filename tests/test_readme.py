@@ -1,15 +1,13 @@
 """The README's before and after run as they stand, and its preset table is complete."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
 import hc_compile as hc
+from scripts import recorded_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -55,17 +53,20 @@ def test_code_you_already_have_imports():
         exec(line, {})
 
 
-@pytest.mark.parametrize(
-    "module, recorded, least",
-    [
-        ("scripts.bench_ops", "sublayer_h100_2026-11-23.json", 20),
-        ("scripts.bench_model", "model_h100_2026-11-23.json", 4),
-    ],
-)
-def test_benchmark_tables_are_recorded_runs(module, recorded, least):
-    """Figures in the README come from recorded files, to the digit."""
-    command = [sys.executable, "-m", module, "--render", f"profiles/results/{recorded}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) >= least
-    assert all(row in README for row in rows)
+def test_benchmark_tables_are_recorded_runs():
+    """Marked tables come from recorded files, to the digit, and README.md has no other table of figures."""
+    marked = 0
+    for name in recorded_tables.READMES:
+        text = (ROOT / name).read_text()
+        assert recorded_tables.written(text) == text, f"{name}: python -m scripts.recorded_tables"
+        assert text.count("<!-- table: ") == len(recorded_tables.MARKED.findall(text)), name
+        marked += len(recorded_tables.MARKED.findall(text))
+    assert marked >= 3
+    rest = recorded_tables.MARKED.sub("", README)
+    assert not re.search(r"^\|.*\| [\d.]+ \|", rest, re.M)
+
+
+def test_a_marker_may_choose_records():
+    file = "sublayer_h100_2026-11-23.json"
+    rows = recorded_tables.table(f"{file} sublayer width=2560 'way=ours, eager|eager PyTorch'")
+    assert len(rows.splitlines()) == 2 + 4 and "torch.compile" not in rows

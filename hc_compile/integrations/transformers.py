@@ -141,19 +141,16 @@ class _IndexedLayer(_Layer):
         u, add_residual = self.attn_hc.sublayer(hidden_states)
         u = self.input_layernorm(u)
         topk_indices = None
-        if getattr(self, "block_type", None) == "linear_attention":
-            out = self.self_attn(
-                hidden_states=u,
-                cache_params=past_key_values,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
+        linear = getattr(self, "block_type", None) == "linear_attention"
+        if past_key_values is not None:  # its name in transformers 5.23; from 5.24 it is `cache`
+            kwargs["cache_params" if linear else "past_key_values"] = past_key_values
+        if linear:
+            out = self.self_attn(hidden_states=u, attention_mask=attention_mask, **kwargs)
         else:
             out, _, topk_indices = self.self_attn(
                 hidden_states=u,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 prev_topk_indices=prev_topk_indices,
