@@ -2,6 +2,7 @@
 
 from hc_compile import functional
 from hc_compile.backend import compile, install, uninstall
+from hc_compile.blocks import compile_blocks
 from hc_compile.config import HCConfig
 from hc_compile.eager_recompute import recomputing
 from hc_compile.integrations.convert import convert
@@ -29,6 +30,7 @@ __all__ = [
     "StreamReduce",
     "StreamState",
     "compile",
+    "compile_blocks",
     "convert",
     "expand_streams",
     "functional",

@@ -90,14 +90,19 @@ def compile(
     Raises: TypeError, ValueError that name the argument; a number of bytes that is too small for
         a graph is refused when the graph is compiled.
     """
+    return torch.compile(model, backend=backend_for(recompute, kwargs), **kwargs)  # type: ignore[arg-type]
+
+
+def backend_for(recompute: Policy, kwargs: dict[str, Any]) -> Callable:
+    """`hc_inductor` with a policy, for options of torch.compile that leave the backend open."""
     if "backend" in kwargs:
-        raise TypeError(f"backend must not be given to hc.compile, got {kwargs['backend']!r}")
+        raise TypeError(f"backend must not be given, it is ours, got {kwargs['backend']!r}")
     check_policy(recompute)
-    backend = hc_inductor
-    if recompute != "none":
-        backend = partial(hc_inductor, recompute=recompute)
-        backend.reset = _reset  # type: ignore[attr-defined]
-    return torch.compile(model, backend=backend, **kwargs)  # type: ignore[arg-type]
+    if recompute == "none":
+        return hc_inductor
+    backend = partial(hc_inductor, recompute=recompute)
+    backend.reset = _reset  # type: ignore[attr-defined]
+    return backend
 
 
 def install(passes: Sequence[GraphPass] = PASSES) -> None:

@@ -242,6 +242,8 @@ def reduce_streams(x: Tensor | StreamState, cfg: HCConfig) -> Tensor:
 class StreamExpand(nn.Module):
     """`expand_streams` as a module, plus the learned stream embedding if configured."""
 
+    lazy = False  # hand out a StreamState, see hc_compile/blocks.py
+
     def __init__(
         self,
         cfg: HCConfig,
@@ -254,10 +256,11 @@ class StreamExpand(nn.Module):
         learned = cfg.expand == "embedding" and cfg.n > 1
         self.embedding = StreamEmbedding(cfg, device, dtype) if learned else None
 
-    def forward(self, h: Tensor) -> Tensor:
-        """[..., C] -> [..., n, C]."""
+    def forward(self, h: Tensor) -> Tensor | StreamState:
+        """[..., C] -> [..., n, C], or a StreamState of it if `lazy`."""
         x = _repeat(h, self.cfg)
-        return x if self.embedding is None else self.embedding(x)
+        x = x if self.embedding is None else self.embedding(x)
+        return StreamState(x) if self.lazy else x
 
 
 class StreamReduce(nn.Module):

@@ -10,7 +10,7 @@ A graph pass can't reach across the end of a graph. Where every block is a graph
 the blocks take and return a state; the seam is then one op of the next graph, and of eager code:
 
     block.compile()                              # two graphs serve any depth: with a pending
-    state = block(state)                         # write and without
+    state = block(state)                         # write and without; hc.compile_blocks does this
     state = checkpoint(block, state, use_reentrant=False)
     leaves, form = pytree.tree_flatten(state)    # a pipeline stage sends the leaves that are
     state = pytree.tree_unflatten(leaves, form)  # tensors; the next stage does the write

@@ -1,7 +1,7 @@
 """Seconds of a network's first forward and backward, and the compiler's parts of them.
 
 Run as a program by scripts/bench_compile_time.py, each way in a process and caches of its own:
-`python -m profiles.compile_time WAY LAYERS DEVICE [traced]` prints one JSON object.
+`python -m profiles.compile_time WAY LAYERS DEVICE [traced] [kernels]` prints one JSON object.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import cumulative_time_spent_ns
+from torch._dynamo.utils import counters, cumulative_time_spent_ns
 
 import hc_compile as hc
-from hc_compile.backend import hc_inductor
+from hc_compile.blocks import blocks_of, compile_each
 from profiles.dense_net import ModelWay, Net, Trunk, cold_caches, warm_compiler
-from profiles.saved import saved_by
+from profiles.saved import Saved, saved_by, traced_backend
+from profiles.stand_in import kernels_without_device
 from profiles.timing import synchronize
 
 GPU_NET = Net(2560, heads=20, ffn=6912, batch=1)
@@ -33,23 +35,6 @@ TIMERS = (  # torch's own; the first two hold the forward's part of the last two
 )
 
 
-class Regional(torch.nn.Module):
-    """A trunk whose blocks are graphs of their own; a carried state has the seam in the next."""
-
-    def __init__(self, trunk: Trunk):
-        super().__init__()
-        self.trunk = trunk
-        for block in trunk.blocks:
-            block.compile(backend=hc_inductor, dynamic=False, fullgraph=True)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """As of Trunk."""
-        trunk, state = self.trunk, hc.StreamState(self.trunk.expand(h))
-        for block in trunk.blocks:
-            state = block(state, trunk.cos, trunk.sin)
-        return trunk.norm(trunk.reduce(state))
-
-
 def measure(way: str, layers: int, device: str, traced: bool = False) -> dict:
     """Build one way, run its first step, and say where the seconds went.
 
@@ -61,23 +46,34 @@ def measure(way: str, layers: int, device: str, traced: bool = False) -> dict:
     trunk = Trunk(net, ModelWay(preset, "ops", None), device)
     h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
     leaves = [h.requires_grad_(), *trunk.parameters()]
-    if "regional" in way:
-        forward = Regional(trunk)
-    else:
-        recompute = "streams" if "streams" in way else "none"
-        if traced:
-            forward = saved_by(trunk, recompute, trunk.expand(h.detach()))[0]
-        else:
-            forward = hc.compile(trunk, recompute=recompute, dynamic=False, fullgraph=True)
+    forward = _compiled(trunk, way, trunk.expand(h.detach()) if traced else None)
     if not traced:
         warm_compiler(device)
     cumulative_time_spent_ns.clear()
+    counters.clear()
     with cold_caches():
         began, own = time.perf_counter(), time.process_time()
         torch.autograd.grad(forward(h), leaves, torch.ones_like(h))
         synchronize(device)
         whole, own = time.perf_counter() - began, time.process_time() - own
-    return {"way": way, "layers": layers, "seconds": whole, "cpu_seconds": own} | _parts()
+    graphs = counters["stats"]["unique_graphs"]
+    row = {"way": way, "layers": layers, "graphs": graphs, "seconds": whole, "cpu_seconds": own}
+    return row | _parts()
+
+
+def _compiled(trunk: Trunk, way: str, streams: Tensor | None) -> Callable:
+    """The trunk as `way` compiles it; with `streams`, like its x, without Inductor."""
+    policy = "streams" if "streams" in way else "none"
+    options = {"dynamic": False, "fullgraph": True}
+    if "regional" in way:
+        if streams is None:
+            return hc.compile_blocks(trunk, **options)
+        backend = traced_backend(policy, streams, Saved())
+        compile_each(trunk, blocks_of(trunk), backend, **options)
+        return trunk
+    if streams is None:
+        return hc.compile(trunk, recompute=policy, **options)
+    return saved_by(trunk, policy, streams)[0]
 
 
 def _parts() -> dict[str, float]:
@@ -93,5 +89,7 @@ def _parts() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    way, layers, device, *traced = sys.argv[1:]
-    print(json.dumps(measure(way, int(layers), device, bool(traced))))
+    way, layers, device, *options = sys.argv[1:]
+    if "kernels" in options:
+        kernels_without_device(build=False)
+    print(json.dumps(measure(way, int(layers), device, "traced" in options)))

@@ -41,6 +41,12 @@ def saved_by(function: Callable, policy: Policy, streams: Tensor) -> tuple[Calla
     call. `streams` is like the x of a sublayer.
     """
     found = Saved()
+    torch.compiler.reset()
+    return torch.compile(function, backend=traced_backend(policy, streams, found)), found
+
+
+def traced_backend(policy: Policy, streams: Tensor, found: Saved) -> Callable:
+    """A Dynamo backend that stops before Inductor and notes in `found` what graphs keep."""
 
     def partition(joint, inputs, **kwargs):
         Recompute(policy)(joint.graph)
@@ -60,8 +66,7 @@ def saved_by(function: Callable, policy: Policy, streams: Tensor) -> tuple[Calla
         gm.recompile()
         return inner(gm, inputs)
 
-    torch.compiler.reset()
-    return torch.compile(function, backend=backend), found
+    return backend
 
 
 def _count(

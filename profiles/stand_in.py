@@ -12,7 +12,9 @@ import pkgutil
 
 import torch
 import triton
+from torch._inductor.async_compile import AsyncCompile
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 import custom_ops.kernels
 
@@ -42,6 +44,13 @@ class Driver:
         return 0, 0, 0, 0, 1024  # module, function, registers, spills, most threads
 
 
+class _Idle:
+    """A kernel of Inductor's that was not built."""
+
+    def run(self, *args, **kwargs) -> None:
+        """Launch nothing."""
+
+
 def modules(package) -> list:
     """The modules of a package, imported."""
     prefix = package.__name__ + "."
@@ -51,10 +60,16 @@ def modules(package) -> list:
     ]
 
 
-def kernels_without_device() -> list[tuple[int, ...]]:
-    """From now on CPU tensors take the kernels; returns the list that launches add grids to."""
+def kernels_without_device(build: bool = True) -> list[tuple[int, ...]]:
+    """From now on CPU tensors take the kernels; returns the list that launches add grids to.
+
+    build: compile kernels; without it launches do nothing, Inductor's code included.
+    """
     driver = Driver()
     triton.runtime.driver.set_active(driver)
+    if not build:
+        JITFunction.run = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        AsyncCompile.triton = lambda *args, **kwargs: _Idle()  # type: ignore[method-assign]
 
     def use_triton(x: torch.Tensor) -> bool:
         return x.dtype != torch.float64

@@ -1,12 +1,12 @@
 """Time the cold first forward and backward of a deep mHC network against its residual twin.
 
-    python -m scripts.bench_compile_time [--layers N] [--traced] [--ways WAY ...] [--json PATH]
+    python -m scripts.bench_compile_time [--layers N] [--traced] [--kernels] [--ways WAY ...]
     python -m scripts.bench_compile_time --render PATH
 
 Whole-network graphs, and one graph a block with the streams' carried state, each in a fresh
 process with empty caches of Inductor and Triton. `--traced` stops before Inductor, which leaves
-what Python does: Dynamo, the graph passes, AOTAutograd and its partition. The last line of stdout
-is the run as JSON.
+what Python does: Dynamo, the graph passes, AOTAutograd and its partition. `--kernels` gives
+graphs on a CPU the launches that they have on a GPU. The last line of stdout is the run as JSON.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PARTS = ("seconds", "cpu_seconds", "dynamo", "aot", "inductor", "build")
 def bench_way(way: str, args: argparse.Namespace) -> dict:
     """One way in a process and with caches of its own."""
     note(f"{way}, {args.layers} layers")
-    traced = ["traced"] if args.traced else []
+    options = [name for name in ("traced", "kernels") if getattr(args, name)]
     command = [sys.executable, "-m", "profiles.compile_time", way, str(args.layers), args.device]
     with tempfile.TemporaryDirectory() as folder:
         caches = {f"{name}_CACHE_DIR": folder for name in ("TORCHINDUCTOR", "TRITON")}
         done = subprocess.run(
-            [*command, *traced],
+            [*command, *options],
             cwd=ROOT,
             env=os.environ | caches,
             stdout=subprocess.PIPE,
@@ -63,8 +63,9 @@ def table(data: dict) -> str:
         base = twin.get(record["layers"])
         times = tables.number(base and record["seconds"] / base, 2)
         cells = [tables.number(record[part], 1) for part in PARTS]
-        rows.append([record["way"], str(record["layers"]), *cells, times])
-    header = ["network", "layers", "first step s", "own CPU s", *PARTS[2:], "÷ residual"]
+        counts = [str(record["layers"]), str(record.get("graphs", ""))]
+        rows.append([record["way"], *counts, *cells, times])
+    header = ["network", "layers", "graphs", "first step s", "own CPU s", *PARTS[2:], "÷ residual"]
     return tables.markdown(header, rows)
 
 
@@ -78,11 +79,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the compilation of a deep network.")
     parser.add_argument("--layers", type=int, default=32, help="blocks of two sublayers")
     parser.add_argument("--traced", action="store_true", help="stop before Inductor")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="on a CPU: let hc:: ops take their Triton kernels, which are neither built nor run",
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    args = recorded.parse(parser, argv)
-    if args.traced:
-        args.ways = [way for way in args.ways if "regional" not in way]
-    return args
+    return recorded.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
