@@ -54,7 +54,7 @@ def test_code_you_already_have_imports():
 
 
 def test_benchmark_tables_are_recorded_runs():
-    """Marked tables come from recorded files, to the digit, and README.md has no other table of figures."""
+    """Marked tables are their records to the digit; README.md has no other table of figures."""
     marked = 0
     for name in recorded_tables.READMES:
         text = (ROOT / name).read_text()
