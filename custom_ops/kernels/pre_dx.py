@@ -192,11 +192,15 @@ def hc_pre_dx_sum(
     programs,
     N: tl.constexpr,
     M: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dφ [M, n·C] of one slice of one stream: its slots, in the order of their tokens."""
+    """dφ [M, n·C] of one slice of one stream: its slots, in the order of their tokens.
+
+    A program takes BLOCK_M of the ROWS coefficients that a slot holds.
+    """
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
     piece = tl.program_id(0)
@@ -204,13 +208,13 @@ def hc_pre_dx_sum(
     first = hc_owner(begin, tiles, slices, programs)
     last = hc_owner(begin + tiles - 1, tiles, slices, programs)
     c_offs = tl.arange(0, BLOCK_C)
-    m_offs = tl.arange(0, BLOCK_M)
-    part_ptrs = part_ptr + (piece * N + tl.program_id(1)) * (BLOCK_C * BLOCK_M)
-    part_ptrs += c_offs[:, None] * BLOCK_M + m_offs[None, :]
+    m_offs = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part_ptrs = part_ptr + (piece * N + tl.program_id(1)) * (BLOCK_C * ROWS)
+    part_ptrs += c_offs[:, None] * ROWS + m_offs[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
     for _ in range(tl.where(tiles > 0, last - first + 1, 0)):
         total += tl.load(part_ptrs)
-        part_ptrs += slices * (N * BLOCK_C * BLOCK_M)
+        part_ptrs += slices * (N * BLOCK_C * ROWS)
     c_offs += piece * BLOCK_C
     offs = m_offs[:, None].to(tl.int64) * (N * width) + tl.program_id(1) * width + c_offs[None, :]
     mask = (m_offs < M)[:, None] & (c_offs < width)[None, :]
@@ -248,6 +252,7 @@ def fused_dx(
         *(sums, dphi, tokens, width, programs),
         N=streams,
         M=coefficients,
+        ROWS=tile["BLOCK_M"],
         BLOCK_T=block_t,
         BLOCK_M=tile["BLOCK_M"],
         BLOCK_C=tile["BLOCK_C"],
