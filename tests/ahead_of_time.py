@@ -233,8 +233,8 @@ def main(capability: int, groups: list[str]) -> None:
     for module in MODULES:
         if hasattr(module, "launch"):
             module.launch = recorder
-        if hasattr(module, "before_hopper"):
-            module.before_hopper = lambda device: 0 < capability < 90
+        if hasattr(module, "generation"):
+            module.generation = lambda device: capability // 10 or 9
     groups = ["coefficients"] if groups == ["widened"] else groups
     for group in groups or GROUPS:
         for recorder.case, compile_case in GROUPS[group].items():

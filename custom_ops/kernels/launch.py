@@ -25,9 +25,9 @@ def cdiv(size, block):
     return (size + block - 1) // block
 
 
-def before_hopper(device: torch.device) -> bool:
-    """Whether the device lacks tensor cores that read and add in the background (sm_90 on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+def generation(device: torch.device) -> int:
+    """8 for Ampere, 9 for Hopper, 10 for Blackwell: tiles differ. A CPU counts as Hopper."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def column_block(width: int, limit: int, least: int = 128) -> int:

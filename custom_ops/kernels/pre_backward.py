@@ -7,6 +7,7 @@ import triton.language as tl
 
 from custom_ops.kernels.launch import cdiv, launch, row_tile
 from custom_ops.kernels.pre_dx import fused_dx
+from custom_ops.kernels.pre_packed import packed_dx, packs
 from custom_ops.kernels.pre_wide import wide_dphi, wide_dx
 
 
@@ -116,8 +117,10 @@ def pre_dx(
     res = dp if res is None else res
     dx = torch.empty_like(x)
     if streams > 4 or views > 1 or phi.shape[0] > 32:
-        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
         dots = aggregate_dots(du, x).squeeze(1) if with_dots else None
+        if packs(streams, views, phi.shape[0], x.dtype):
+            return dx, packed_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows), dots
+        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
         return dx, wide_dphi(x, dp, phi), dots
     options = (views, g_rows, precision, with_dots)
     return dx, *fused_dx(x, du, pre, phi, dp, dss, g, res, dx, *options)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, before_hopper, cdiv, launch
+from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
 from custom_ops.kernels.slots import sum_slots
@@ -227,11 +227,15 @@ def hc_pre_dx_sum(
     helpers,
     N: tl.constexpr,
     M: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dφ [M, n·C] of one slice of one stream: its slots, the lanes' first."""
+    """dφ [M, n·C] of one slice of one stream: its slots, the lanes' first.
+
+    A program takes BLOCK_M of the ROWS coefficients that a slot holds.
+    """
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
     piece = tl.program_id(0)
@@ -240,13 +244,13 @@ def hc_pre_dx_sum(
     last = hc_owner(piece * late + late - 1, late * slices, helpers)
     slots = lanes + tl.where(late > 0, last - first + 1, 0)
     c_offs = tl.arange(0, BLOCK_C)
-    m_offs = tl.arange(0, BLOCK_M)
-    part_ptrs = part_ptr + (piece * N + tl.program_id(1)) * (BLOCK_C * BLOCK_M)
-    part_ptrs += c_offs[:, None] * BLOCK_M + m_offs[None, :]
+    m_offs = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part_ptrs = part_ptr + (piece * N + tl.program_id(1)) * (BLOCK_C * ROWS)
+    part_ptrs += c_offs[:, None] * ROWS + m_offs[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
     for _ in range(slots):
         total += tl.load(part_ptrs)
-        part_ptrs += slices * (N * BLOCK_C * BLOCK_M)
+        part_ptrs += slices * (N * BLOCK_C * ROWS)
     c_offs += piece * BLOCK_C
     offs = m_offs[:, None].to(tl.int64) * (N * width) + tl.program_id(1) * width + c_offs[None, :]
     mask = (m_offs < M)[:, None] & (c_offs < width)[None, :]
@@ -288,6 +292,7 @@ def fused_dx(
         *(sums, dphi, tokens, width, lanes, helpers),
         N=streams,
         M=coefficients,
+        ROWS=tile["BLOCK_M"],
         BLOCK_T=block_t,
         BLOCK_M=tile["BLOCK_M"],
         BLOCK_C=tile["BLOCK_C"],
@@ -304,7 +309,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     large tiles do spill inside.
     """
     half = x.dtype == torch.bfloat16
-    old = before_hopper(x.device)
+    old = generation(x.device) < 9
     large = half and not old and x.shape[2] % 8 == 0
     return {
         "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
