@@ -17,7 +17,7 @@ from custom_ops.registration import compute_dtype, flat, use_triton
 
 
 def fits(x: Tensor) -> bool:
-    """Whether the kernels take it: a token's row of every stream in registers."""
+    """Whether the kernels take it: a token's row of every stream on chip."""
     if not use_triton(x):
         return False
     from custom_ops.kernels import aggregate_norm as kernels

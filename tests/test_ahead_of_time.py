@@ -27,13 +27,14 @@ ALLOWED: dict[tuple[int, str, str], int] = {
     (90, "hc_pre_dx_wide", "n=16"): 336,
     (90, "hc_post_project", "n=4"): 24,
     (90, "hc_project", "n=16"): 8,
-    (90, "hc_aggregate_norm_backward", "n=4 wide"): 232,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
     (100, "hc_pre_dx", "bf16"): 24,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }
+# Registers a thread of a kernel whose programs must all be resident at once.
+RESIDENT = {"hc_aggregate_norm_backward": 128}
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # what one program may take
 
 
@@ -61,7 +62,7 @@ def test_kernels_compile_without_spills(capability, group):
     ]
     assert not spilled
     assert all(row["shared"] <= SHARED_MEMORY[capability] for row in rows)
-    assert all(0 < row["registers"] <= 255 for row in rows)
+    assert all(0 < row["registers"] <= RESIDENT.get(row["kernel"], 255) for row in rows)
 
 
 def test_every_kernel_is_among_them():
