@@ -11,7 +11,7 @@ from custom_ops.registration import INTERPRETED
 
 MOST_STREAMS = 8
 WIDEST = 16_384
-# Warps of the backward: 12 a multiprocessor of an H100, which holds 16 with 128 registers a thread.
+# Warps of the backward: 12 a multiprocessor of an H100, which holds 16 at 128 registers a thread.
 # 8192×2560 108 µs, 4096×7168 144, 16384×4096 340 there; with 20 of them 105, 167, 385.
 WARPS = 5 if INTERPRETED else 12 * 132
 

@@ -20,10 +20,13 @@ from hc_compile.passes.last_sublayer import last_sublayer
 from hc_compile.passes.link_ghosts import link_ghosts
 
 GraphPass = Callable[[Graph], bool]
-PASSES: tuple[GraphPass, ...] = (first_sublayer, fuse_post_pre, last_sublayer, link_ghosts)
-UNTIMED: tuple[GraphPass, ...] = (
+PASSES: tuple[GraphPass, ...] = (
+    first_sublayer,
+    fuse_post_pre,
+    last_sublayer,
+    link_ghosts,
     fold_norm,
-)  # right, but off until a device has timed its kernels
+)
 
 
 def _sources() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torch import nn
 
 import hc_compile as hc
 from hc_compile.layers import rms_norm
-from hc_compile.passes import PASSES, UNTIMED
+from hc_compile.passes import PASSES
 from hc_compile.passes.fold_norm import fold_norm
 from hc_compile.passes.graph import arguments, is_op
 from tests.conftest import worst
@@ -89,7 +89,7 @@ class Net(nn.Module):
         return hc.resolve(x)
 
 
-def run(name, norm, n=4, dtype=torch.float64, passes=(*PASSES, *UNTIMED)):
+def run(name, norm, n=4, dtype=torch.float64, passes=PASSES):
     """Norms folded into pre and post_pre, our results and those without passes."""
     torch.manual_seed(0)
     cfg = hc.HCConfig(DIM, n, name)
