@@ -11,7 +11,6 @@ from custom_ops.registration import (
     compute_dtype,
     define,
     double_backward,
-    flat,
     total,
     use_triton,
 )
@@ -24,7 +23,9 @@ def has_views(x: Tensor, pre: Tensor) -> bool:
 
 def per_token(coefficient: Tensor, lead: torch.Size, keep: int) -> Tensor:
     """A coefficient with `keep` own dimensions, expanded over the tokens if it is static."""
-    return coefficient.expand(*lead, *coefficient.shape[coefficient.dim() - keep :])
+    if coefficient.dim() > keep:
+        return coefficient  # not expanded to its own shape, which a compiler would trace
+    return coefficient.expand(*lead, *coefficient.shape)
 
 
 def over_tokens(gradient: Tensor, like: Tensor) -> Tensor:
@@ -36,13 +37,11 @@ def over_tokens(gradient: Tensor, like: Tensor) -> Tensor:
 def forward(x: Tensor, pre: Tensor) -> Tensor:
     views = has_views(x, pre)
     weights = per_token(pre, x.shape[:-2], 2 if views else 1)
-    weights = weights if views else weights.unsqueeze(-2)
     if use_triton(x):
         from custom_ops.kernels import aggregate as kernels
 
-        u = kernels.aggregate(flat(x, 2), flat(weights, 2).float())
-        u = u.reshape(*x.shape[:-2], weights.shape[-2], x.shape[-1])
-        return u if views else u.squeeze(-2)
+        return kernels.aggregate(x.contiguous(), weights.contiguous().float())
+    weights = weights if views else weights.unsqueeze(-2)
     dtype = compute_dtype(x, pre)
     wide, weights = x.to(dtype), weights.to(dtype)
     u = torch.stack(
@@ -58,17 +57,16 @@ def forward(x: Tensor, pre: Tensor) -> Tensor:
 def backward(du: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     views = has_views(x, pre)
     weights = per_token(pre, x.shape[:-2], 2 if views else 1)
-    weights = weights if views else weights.unsqueeze(-2)
-    du = du if views else du.unsqueeze(-2)
     if use_triton(x):
         from custom_ops.kernels import aggregate as kernels
 
-        dx, dpre = kernels.aggregate_backward(flat(du, 2), flat(x, 2), flat(weights, 2).float())
-        dx, dpre = dx.reshape(x.shape), dpre.reshape(weights.shape)
-    else:
-        dtype = compute_dtype(x, pre)
-        dx = into_streams(du.to(dtype), weights.to(dtype)).to(x.dtype)
-        dpre = dots(du.to(dtype), x.to(dtype))
+        weights = weights.contiguous().float()
+        dx, dpre = kernels.aggregate_backward(du.contiguous(), x.contiguous(), weights)
+        return dx, over_tokens(dpre, pre)
+    weights, du = (weights, du) if views else (weights.unsqueeze(-2), du.unsqueeze(-2))
+    dtype = compute_dtype(x, pre)
+    dx = into_streams(du.to(dtype), weights.to(dtype)).to(x.dtype)
+    dpre = dots(du.to(dtype), x.to(dtype))
     return dx, over_tokens(dpre if views else dpre.squeeze(-2), pre)
 
 

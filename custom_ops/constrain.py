@@ -46,15 +46,12 @@ def forward(
     if use_triton(p):
         from custom_ops.kernels import constrain as kernels
 
-        parts = kernels.constrain(
-            flat(p, keep), flat(ss, keep - 1), alpha.float(), bias.float(), width, c
-        )
-    else:
-        dtype = compute_dtype(p, alpha, bias)
-        hidden = hidden_of(flat(p, keep).to(dtype), flat(ss, keep - 1).to(dtype), width, c)
-        parts = from_logits(gains(alpha.to(dtype), c) * hidden + bias.to(dtype), c)
-        parts = [fresh(t) for t in parts]
-    pre, post, res = parts
+        inputs = (p.contiguous(), ss.contiguous(), alpha.float(), bias.float())
+        return kernels.constrain(*inputs, width, c)  # type: ignore[return-value]
+    dtype = compute_dtype(p, alpha, bias)
+    hidden = hidden_of(flat(p, keep).to(dtype), flat(ss, keep - 1).to(dtype), width, c)
+    parts = from_logits(gains(alpha.to(dtype), c) * hidden + bias.to(dtype), c)
+    pre, post, res = (fresh(t) for t in parts)
     shapes = [(*lead, *own) for own in token_shapes(c)]
     return pre.reshape(shapes[0]), post.reshape(shapes[1]), res.reshape(shapes[2])
 
@@ -93,26 +90,16 @@ def backward(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
-    keep = 2 if c.projection == "stream" else 1
     if use_triton(p):
         from custom_ops.kernels import constrain as kernels
 
-        n = c.streams
-        dp, dss, dalpha, dbias = kernels.constrain_backward(
-            dpre.reshape(-1, c.views, n).contiguous(),
-            dpost.reshape(-1, c.branches, n).contiguous(),
-            flat(dres, 2),
-            flat(p, keep),
-            flat(ss, keep - 1),
-            alpha.float(),
-            bias.float(),
-            width,
-            c,
-        )
+        dpre, dpost, dres = dpre.contiguous(), dpost.contiguous(), dres.contiguous()
+        inputs = (p.contiguous(), ss.contiguous(), alpha.float(), bias.float())
+        dp, dss, dalpha, dbias = kernels.constrain_backward(dpre, dpost, dres, *inputs, width, c)
     else:
         dp, dss, dalpha, dbias = _torch_backward(dpre, dpost, dres, p, ss, alpha, bias, width, c)
-    dalpha, dbias = dalpha.to(alpha.dtype), dbias.to(bias.dtype)
-    return dp.reshape(p.shape).contiguous(), dss.reshape(ss.shape).contiguous(), dalpha, dbias
+        dp, dss = dp.reshape(p.shape).contiguous(), dss.reshape(ss.shape).contiguous()
+    return dp, dss, dalpha.to(alpha.dtype), dbias.to(bias.dtype)
 
 
 def _torch_backward(dpre, dpost, dres, p, ss, alpha, bias, width, c):

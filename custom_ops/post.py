@@ -21,7 +21,6 @@ from custom_ops.registration import (
     compute_dtype,
     define,
     double_backward,
-    flat,
     total,
     use_triton,
 )
@@ -47,16 +46,22 @@ def _expanded(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, 
     return (y, post, res) if branches else (y.unsqueeze(-2), post.unsqueeze(-2), res)
 
 
+def _of_tokens(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
+    """post [..., n] (or [..., W, n]) and res of every token, as the kernels take them."""
+    post = per_token(post, x.shape[:-2], 2 if y.dim() == x.dim() else 1)
+    res = per_token(res, x.shape[:-2], 2)
+    return post.contiguous().float(), res.contiguous().float()
+
+
 def forward(
     x: Tensor, y: Tensor, post: Tensor, res: Tensor, ghost: Tensor | None = None
 ) -> Tensor:
-    y, post, res = _expanded(x, y, post, res)
     one_of_many = res.shape[-2] == 1 < x.shape[-2]  # Inductor fuses it with the norm that follows
     if use_triton(x) and not one_of_many:
         from custom_ops.kernels import post as kernels
 
-        out = kernels.post(flat(x, 2), flat(y, 2), flat(post, 2).float(), flat(res, 2).float())
-        return out.reshape(*x.shape[:-2], *out.shape[1:])
+        return kernels.post(x.contiguous(), y.contiguous(), *_of_tokens(x, y, post, res))
+    y, post, res = _expanded(x, y, post, res)
     dtype = compute_dtype(x, post, res)
     out = mix(res.to(dtype), x.to(dtype))
     for w in range(y.shape[-2]):
@@ -68,28 +73,20 @@ def backward(
     g: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, need_dx: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx (empty unless wanted), dy, dpost, dres."""
-    y_all, post_all, res_all = _expanded(x, y, post, res)
     if use_triton(x):
         from custom_ops.kernels import post as kernels
 
-        dx, dy, dpost, dres = kernels.post_backward(
-            flat(g, 2),
-            flat(x, 2),
-            flat(y_all, 2),
-            flat(post_all, 2).float(),
-            flat(res_all, 2).float(),
-            need_dx,
-        )
-        dx = x.new_empty(0) if dx is None else dx.reshape(x.shape)
-        dy, dpost = dy.reshape(y_all.shape), dpost.reshape(post_all.shape)
-        dres = dres.reshape(res_all.shape)
+        streams = (g.contiguous(), x.contiguous(), y.contiguous())
+        weights = _of_tokens(x, y, post, res)
+        dx, dy, dpost, dres = kernels.post_backward(*streams, *weights, need_dx)
+        dx = x.new_empty(0) if dx is None else dx
     else:
         dtype = compute_dtype(x, post, res)
-        wide = [t.to(dtype) for t in (g, x, y_all, post_all, res_all)]
+        wide = [t.to(dtype) for t in (g, x, *_expanded(x, y, post, res))]
         dx, dy, dpost, dres = gradients(wide[0], wide[1], wide[2], wide[3], wide[4], need_dx)
         dx, dy = dx.to(x.dtype), dy.to(y.dtype)
-    if y.dim() < x.dim():
-        dy, dpost = dy.squeeze(-2), dpost.squeeze(-2)
+        if y.dim() < x.dim():
+            dy, dpost = dy.squeeze(-2), dpost.squeeze(-2)
     return dx, dy, over_tokens(dpost, post), over_tokens(dres, res)
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from custom_ops import aggregate as agg
-from custom_ops import constrain as con
 from custom_ops import post as post_op
 from custom_ops import pre as pre_op
 from custom_ops import reference
 from custom_ops.constraint import Constraint, parse
-from custom_ops.registration import define, double_backward, flat, use_triton
+from custom_ops.registration import define, double_backward, use_triton
 
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
@@ -115,22 +114,11 @@ def _fused_write(x, y, post, res, phi, alpha, bias, carried: Tensor | None, c: C
     """x', u (with `carried`) and, from x's projection, pre, post, res, p and ss of the next."""
     from custom_ops.kernels import post_pre as kernels
 
-    lead = x.shape[:-2]
-    write = (flat(x, 2), flat(y, 1), flat(post, 1).float(), flat(res, 2).float())
+    write = (x.contiguous(), y.contiguous(), post.contiguous().float(), res.contiguous().float())
     parameters = (phi.float().contiguous(), alpha.float(), bias.float())
     if carried is not None:
-        carried = flat(agg.per_token(carried, lead, 1), 1).float()
-    streams, u, *made, p, ss = kernels.post_pre(*write, *parameters, carried, c)
-    shapes = [(*lead, *own) for own in con.token_shapes(c)]
-    made = [t.reshape(shape) for t, shape in zip(made, shapes, strict=True)]
-    u = None if u is None else u.reshape(*lead, x.shape[-1])
-    return (
-        streams.reshape(*lead, *streams.shape[1:]),
-        u,
-        *made,
-        p.reshape(*lead, -1),
-        ss.reshape(lead),
-    )
+        carried = agg.per_token(carried, x.shape[:-2], 1).contiguous().float()
+    return kernels.post_pre(*write, *parameters, carried, c)
 
 
 def _fake(

@@ -21,7 +21,6 @@ from custom_ops.registration import (
     compute_dtype,
     define,
     double_backward,
-    flat,
     use_triton,
 )
 
@@ -102,13 +101,10 @@ def backward(
     if c.read_norm != "none":
         assert weight is not None
         du, read, dweight, dshift = read_norm.backward(du, x, weights, weight, shift, c)
-    du_all = du.unsqueeze(-2) if c.views == 1 else du
     pre_all = agg.per_token(weights, x.shape[:-2], len(con.token_shapes(c)[0]))
-    pre_all = pre_all.unsqueeze(-2) if c.views == 1 else pre_all
     if carried is None:
         if read is None:
-            read = _dots(du_all, x)
-            read = read.squeeze(-2) if c.views == 1 else read
+            read = _dots(du, x)
         read = agg.over_tokens(read, weights).to(weights.dtype)
         dpre = read if dpre is None else read + dpre
     dpre = torch.zeros_like(pre) if dpre is None else dpre
@@ -129,7 +125,7 @@ def backward(
     if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
         g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
     late = carried is not None and read is None  # ⟨du, x⟩, which then nothing waits for
-    dx, dphi, dots = _form_dx(x, du_all, pre_all, phi, dp, dss, g, res_all, late, c)
+    dx, dphi, dots = _form_dx(x, du, pre_all, phi, dp, dss, g, res_all, late, c)
     dx = dx if extra is None else dx + extra
     dcarried = x.new_empty(0)
     if carried is not None:
@@ -140,13 +136,14 @@ def backward(
 
 
 def _dots(du: Tensor, x: Tensor) -> Tensor:
-    """<du_v, x_i> [..., V, n], the one number that ∂x waits for."""
+    """<du_v, x_i> [..., V, n] (or [..., n] of a du [..., C]), the number that ∂x waits for."""
     if use_triton(x):
         from custom_ops.kernels import pre_backward as kernels
 
-        out = kernels.aggregate_dots(flat(du, 2), flat(x, 2))
-        return out.reshape(*x.shape[:-2], du.shape[-2], x.shape[-2])
+        return kernels.aggregate_dots(du.contiguous(), x.contiguous())
     dtype = compute_dtype(x, du)
+    if du.dim() < x.dim():
+        return agg.dots(du.to(dtype).unsqueeze(-2), x.to(dtype)).squeeze(-2)
     return agg.dots(du.to(dtype), x.to(dtype))
 
 
@@ -158,24 +155,26 @@ def _form_dx(
         from custom_ops.kernels import pre_backward as kernels
 
         dx, dphi, dots = kernels.pre_dx(
-            flat(x, 2),
-            flat(du, 2),
-            flat(pre, 2).float(),
+            x.contiguous(),
+            du.contiguous(),
+            pre.contiguous().float(),
             phi.float().contiguous(),
-            flat(dp, 1),
-            dss.reshape(-1).contiguous(),
-            None if g is None else flat(g, 2),
-            None if res is None else flat(res, 2).float(),
+            dp.contiguous(),
+            dss.contiguous(),
+            None if g is None else g.contiguous(),
+            None if res is None else res.contiguous().float(),
             c.precision,
             with_dots,
         )
         dots = None if dots is None else dots.reshape(x.shape[:-1])
-        return dx.reshape(x.shape), dphi.to(phi.dtype), dots
+        return dx, dphi.to(phi.dtype), dots
+    dots = _dots(du, x) if with_dots else None
+    if du.dim() < x.dim():
+        du, pre = du.unsqueeze(-2), pre.unsqueeze(-2)
     dtype = compute_dtype(x, pre)
     dx = agg.into_streams(du.to(dtype), pre.to(dtype))
     if g is not None:
         dx = dx + mix(res.mT.to(dtype), g.to(dtype))
-    dots = _dots(du, x).squeeze(-2) if with_dots else None
     if dp is None:
         return dx.to(x.dtype), x.new_empty(0), dots
     through = proj.backward if use_triton(x) else proj.gradients

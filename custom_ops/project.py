@@ -11,7 +11,6 @@ from custom_ops.registration import (
     compute_dtype,
     define,
     double_backward,
-    flat,
     matmul,
     use_triton,
 )
@@ -28,10 +27,9 @@ def forward(
     if use_triton(x):
         from custom_ops.kernels import project as kernels
 
-        lead = x.shape[:-1] if per_stream else x.shape[:-2]
-        rows = flat(x, 1).unsqueeze(1) if per_stream else flat(x, 2)
-        p, ss = kernels.project(rows, phi.float().contiguous(), precision)
-        return p.reshape(*lead, phi.shape[0]), ss.reshape(lead)
+        rows = x.contiguous()
+        rows = rows.unsqueeze(-2) if per_stream else rows
+        return kernels.project(rows, phi.float().contiguous(), precision)
     dtype = compute_dtype(x, phi)
     rows = rows_of(x, per_stream, dtype)
     return matmul(rows, phi.to(dtype).mT), rows.square().sum(-1)
@@ -43,11 +41,12 @@ def backward(
     if use_triton(x):
         from custom_ops.kernels import pre_backward as kernels
 
-        rows = flat(x, 1).unsqueeze(1) if per_stream else flat(x, 2)
+        rows = x.contiguous()
+        rows = rows.unsqueeze(-2) if per_stream else rows
         dx, dphi = kernels.project_backward(
-            flat(dp, 1), dss.reshape(-1).contiguous(), rows, phi.float().contiguous()
+            dp.contiguous(), dss.contiguous(), rows, phi.float().contiguous()
         )
-        return dx.reshape(x.shape), dphi.to(phi.dtype)
+        return dx.squeeze(-2) if per_stream else dx, dphi.to(phi.dtype)
     dx, dphi = gradients(dp, dss, x, phi, per_stream)
     return dx.to(x.dtype), dphi.to(phi.dtype)
 

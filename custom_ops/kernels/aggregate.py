@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import cdiv, launch, plane_tile, row_tile
+from custom_ops.kernels.launch import cdiv, launch, plane_tile, plural, row_tile, tokens_of
 from custom_ops.kernels.pre_backward import aggregate_dots
 
 
@@ -91,7 +91,7 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
     Args: x [T, I, C] float, weight [T, O, I] fp32 ([T, I, O] if transposed), out [T, O, C].
     Moves: I + O.
     """
-    tokens, inputs, width = x.shape
+    tokens, (inputs, width) = tokens_of(x), x.shape[-2:]
     tile = plane_tile(width)
     launch(
         hc_aggregate,
@@ -102,7 +102,7 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
         tokens,
         width,
         IN=inputs,
-        OUT=out.shape[1],
+        OUT=plural(out, x),
         TRANSPOSED=transposed,
         **tile,
     )
@@ -112,12 +112,11 @@ def weighted_sum(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, trans
 def aggregate(x: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """u_v = Σ_i pre_vi x_i.
 
-    Args: x [T, n, C] float, pre [T, V, n] fp32; both contiguous.
-    Returns: u [T, V, C] in x's dtype.
+    Args: x [T, n, C] float, pre [T, V, n] or [T, n] fp32; both contiguous.
+    Returns: u [T, V, C] or [T, C] in x's dtype.
     Moves: n + V.
     """
-    tokens, _, width = x.shape
-    return weighted_sum(x, pre, x.new_empty(tokens, pre.shape[1], width))
+    return weighted_sum(x, pre, x.new_empty(*pre.shape[:-1], x.shape[-1]))
 
 
 def aggregate_backward(
@@ -129,9 +128,9 @@ def aggregate_backward(
     Returns: dx [T, n, C] in x's dtype, dpre [T, V, n] fp32.
     Moves: 2n + 1 at V = 1, 2n + 2V otherwise.
     """
-    tokens, streams, width = x.shape
+    tokens, (streams, width) = tokens_of(x), x.shape[-2:]
     dx = torch.empty_like(x)
-    if pre.shape[1] != 1:
+    if plural(pre, x) != 1:
         return weighted_sum(du, pre, dx, transposed=True), aggregate_dots(du, x)
     dpre = torch.empty_like(pre)
     launch(

@@ -10,6 +10,8 @@ where PRE and POST go on (kind, scale, eps) and RES (manifold, temperature, stri
 NORM = (form, eps, width, squash); RULE is Sinkhorn's rule or the Newton–Schulz schedule.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -183,12 +185,12 @@ def hc_constrain_slots_kernel(
     tl.store(dalpha_ptr + column - M, summed, mask=(column >= M) & (column < M + 3))
 
 
-def constant_parts(p: Tensor, tokens, c: Constraint) -> tuple[Tensor, Tensor, Tensor]:
-    """pre [T, V, n], post [T, W, n] and res [T, n, n]; constants are filled in."""
+def constant_parts(p: Tensor, lead, c: Constraint) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post and res as `constrain` returns them; constants are filled in."""
     n = c.streams
-    pre = p.new_empty((tokens, c.views, n), dtype=torch.float32)
-    post = p.new_empty((tokens, c.branches, n), dtype=torch.float32)
-    res = p.new_empty((tokens, n, n), dtype=torch.float32)
+    own = ((count, n) if count > 1 else (n,) for count in (c.views, c.branches))
+    pre, post = (p.new_empty((*lead, *shape), dtype=torch.float32) for shape in own)
+    res = p.new_empty((*lead, n, n), dtype=torch.float32)
     if c.pre == "none":
         pre.fill_(1.0)
     if c.post == "none":
@@ -199,9 +201,16 @@ def constant_parts(p: Tensor, tokens, c: Constraint) -> tuple[Tensor, Tensor, Te
 
 
 def constrain(
-    p: Tensor, ss: Tensor, alpha: Tensor, bias: Tensor, width: int, c: Constraint, splits: int = 1
+    p: Tensor,
+    ss: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    width: int,
+    c: Constraint,
+    splits: int = 1,
+    lead=None,
 ) -> tuple[Tensor, ...]:
-    """pre [T, V, n], post [T, W, n] and res [T, n, n]; with split-K partials also their sums.
+    """pre, post and res [T, n, n] of every token; with split-K partials also their sums.
 
     Args:
         p: [T, M] or one row a stream [T, n, M/n]; with splits > 1 [≥ S, T, ...].
@@ -210,11 +219,17 @@ def constrain(
         bias: [M].
         width: number of elements under the norm.
         splits: S, the partials of p and ss, added in their order.
-    Returns: pre, post, res, and with splits > 1 also p and ss summed.
+        lead: leading dimensions of the results, if not those of p.
+    Returns: pre [T, n], or [T, V, n] for several views, post [T, n] or [T, W, n], res [T, n, n],
+        and with splits > 1 also p and ss summed.
     """
-    tokens = ss.shape[1] if splits > 1 else ss.shape[0]
-    pre, post, res = constant_parts(p, tokens, c)
-    sums = (p.new_empty(p.shape[1:]), ss.new_empty(ss.shape[1:])) if splits > 1 else ()
+    own = 1 + (c.projection == "stream")  # dimensions of a token's p
+    if lead is None:
+        lead = p.shape[int(splits > 1) : p.dim() - own]
+    tokens = prod(lead)
+    pre, post, res = constant_parts(p, lead, c)
+    shape = (*lead, *p.shape[p.dim() - own :])
+    sums = (p.new_empty(shape), ss.new_empty(shape[:-1])) if splits > 1 else ()
     block, warps = tile_of(FORWARD, c)
     launch(
         hc_constrain_kernel, (cdiv(tokens, block),),
@@ -236,7 +251,7 @@ def constrain_backward(
     c: Constraint,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of p, ss, alpha [3] and bias [M] from those of pre, post and res."""
-    tokens = ss.shape[0]
+    tokens = prod(p.shape[: p.dim() - 1 - (c.projection == "stream")])
     dp, dss = torch.empty_like(p), torch.empty_like(ss)
     dalpha = alpha.new_empty((3,), dtype=torch.float32)
     dbias = bias.new_empty((c.total,), dtype=torch.float32)

@@ -1,9 +1,13 @@
 """How every Triton kernel of this package is launched, and the tile sizes they share.
 
 Legend: T tokens, n streams, C width of a stream, K = n·C, M coefficients a token, V views, W
-branch outputs. A tile depends on (n, C, dtype) and never on T, so nothing recompiles when the
-number of tokens changes; how many programs share a row may depend on T (slots.py).
+branch outputs. T stands for leading dimensions, any number of them: only the order in memory
+matters to a kernel, and reshaping around it would cost a compiler time. A tile depends on
+(n, C, dtype) and never on T, so nothing recompiles when the number of tokens changes; how many
+programs share a row may depend on T (slots.py).
 """
+
+from math import prod
 
 import torch
 
@@ -23,6 +27,16 @@ def launch(kernel, grid, *args, **meta) -> None:
 def cdiv(size, block):
     """ceil(size / block) of ints and symbols; Triton's own is wrapped for its compiler."""
     return (size + block - 1) // block
+
+
+def tokens_of(x: torch.Tensor):
+    """T of streams [..., n, C]."""
+    return prod(x.shape[:-2])
+
+
+def plural(t: torch.Tensor, x: torch.Tensor) -> int:
+    """V of t [..., V, C] (or W of [..., W, C]) beside streams x [..., n, C]; 1 of t [..., C]."""
+    return t.shape[-2] if t.dim() == x.dim() else 1
 
 
 def generation(device: torch.device) -> int:

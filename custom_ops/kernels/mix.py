@@ -1,5 +1,7 @@
 """res, pre and 2·dss of a tile of tokens side by side, for kernels that walk many tiles."""
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
@@ -50,7 +52,7 @@ def packed_mix(
     block_t: int,
 ) -> torch.Tensor:
     """[tiles, R·n + V·n + 1, block_t], flat: R rows of res, pre, 2·dss; 0 for tokens beyond T."""
-    tokens = dss.shape[0]
+    tokens = prod(dss.shape)
     count = (rows + views) * streams + 1
     tiles = cdiv(tokens, block_t)
     mix = dss.new_empty(tiles * count * block_t)  # flat: `tiles` alone would be guarded on

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.aggregate import weighted_sum
-from custom_ops.kernels.launch import cdiv, launch, plane_tile, row_tile
+from custom_ops.kernels.launch import cdiv, launch, plane_tile, plural, row_tile, tokens_of
 from custom_ops.kernels.pre_backward import aggregate_dots
 
 FUSED_STREAMS = 8  # beyond these the n² sums of post_backward leave the registers
@@ -124,12 +124,13 @@ def hc_post_backward(
 def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor) -> torch.Tensor:
     """x'_i = Σ_j res_ij x_j + Σ_w post_wi y_w.
 
-    Args: x [T, n, C] and y [T, W, C] float, post [T, W, n'] and res [T, n', n] fp32; contiguous.
+    Args: x [T, n, C] and y [T, W, C] float, post [T, W, n'] and res [T, n', n] fp32; contiguous;
+    one branch is y [T, C] and post [T, n'], too.
     Returns: x' [T, n', C] in x's dtype.
     Moves: n + n' + W.
     """
-    tokens, streams, width = x.shape
-    out = x.new_empty(tokens, res.shape[1], width)
+    tokens, (streams, width) = tokens_of(x), x.shape[-2:]
+    out = x.new_empty(*x.shape[:-2], res.shape[-2], width)
     tile = plane_tile(width)
     launch(
         hc_post,
@@ -142,8 +143,8 @@ def post(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, res: torch.Tensor
         tokens,
         width,
         IN=streams,
-        OUT=res.shape[1],
-        W=y.shape[1],
+        OUT=res.shape[-2],
+        W=plural(y, x),
         **tile,
     )
     return out
@@ -164,10 +165,10 @@ def post_backward(
     Moves: n + n' + 2, and n more with dx; with several branches or more than 8 streams
     5n + 4W - 1 and 2n more.
     """
-    tokens, streams, width = x.shape
+    tokens, (streams, width) = tokens_of(x), x.shape[-2:]
     dx = torch.empty_like(x) if need_dx else None
     dy = torch.empty_like(y)
-    if y.shape[1] != 1 or max(streams, res.shape[1]) > FUSED_STREAMS:
+    if plural(y, x) != 1 or max(streams, res.shape[-2]) > FUSED_STREAMS:
         weighted_sum(g, post, dy)
         if dx is not None:
             weighted_sum(g, res, dx, transposed=True)
@@ -189,7 +190,7 @@ def post_backward(
         tokens,
         width,
         IN=streams,
-        OUT=res.shape[1],
+        OUT=res.shape[-2],
         NEED_DX=need_dx,
         **row_tile(width, 256),
     )

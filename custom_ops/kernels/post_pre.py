@@ -7,7 +7,7 @@ import triton.language as tl
 
 from custom_ops.constraint import Constraint
 from custom_ops.kernels.constrain import constrain
-from custom_ops.kernels.launch import cdiv, launch
+from custom_ops.kernels.launch import cdiv, launch, tokens_of
 from custom_ops.kernels.project import project_operand
 from custom_ops.kernels.slots import sum_turns, turns_apart
 from custom_ops.kernels.tile import padded
@@ -128,12 +128,12 @@ def post_project(
     Returns: x' [T, n, C] and u [T, C] in x's dtype, p [≥ S, T, M] and ss [≥ S, T] fp32, S.
     Moves: n' + n + 1, with u one more. A token's result does not depend on the others.
     """
-    tokens, before, width = x.shape
-    count, coefficients = res.shape[1], phi.shape[0]
+    tokens, (before, width) = tokens_of(x), x.shape[-2:]
+    count, coefficients = res.shape[-2], phi.shape[0]
     operand, halves, dot = project_operand(phi, x.dtype, "bf16x2")
     tile = post_project_tile(coefficients, operand.dtype)
     splits = max(1, min(4, count * width // 1024))
-    out = x.new_empty(tokens, count, width)
+    out = x.new_empty(*x.shape[:-2], count, width)
     u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
     turns = cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
     slots, few = turns_apart(turns, tokens)
@@ -190,15 +190,15 @@ def post_pre(
     carried: torch.Tensor | None,
     c: Constraint,
 ) -> tuple:
-    """x', u or None, pre' [T, 1, n], post' [T, W, n], res' [T, n, n], p [T, M] and ss [T].
+    """x', u or None, pre' and post' [T, n], res' [T, n, n], p [T, M] and ss [T].
 
     Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1, with u 2n + 2.
     """
     streams, u, p, ss, splits = post_project(x, y, post, res, phi, carried)
-    width = c.norm_width(x.shape[-1])
+    width, lead = c.norm_width(x.shape[-1]), x.shape[:-2]
     if splits > 1:
-        pre, post, res, p, ss = constrain(p, ss, alpha, bias, width, c, splits)
+        made = constrain(p, ss, alpha, bias, width, c, splits, lead)
     else:
-        p, ss = p[0], ss[0]
-        pre, post, res = constrain(p, ss, alpha, bias, width, c)
-    return streams, u, pre, post, res, p, ss
+        p, ss = p[0].reshape(*lead, -1), ss[0].reshape(lead)
+        made = (*constrain(p, ss, alpha, bias, width, c), p, ss)
+    return streams, u, *made

@@ -5,10 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import cdiv, launch, row_tile
+from custom_ops.kernels.launch import cdiv, launch, plural, row_tile, tokens_of
 from custom_ops.kernels.pre_dx import fused_dx
 from custom_ops.kernels.pre_packed import packed_dx, packs
 from custom_ops.kernels.pre_wide import wide_dphi, wide_dx
+from custom_ops.registration import flat
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -60,14 +61,14 @@ def hc_aggregate_dots(
 def aggregate_dots(du: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dpre_vi = ⟨du_v, x_i⟩.
 
-    Args: du [T, V, C] float, x [T, n, C] float; contiguous.
-    Returns: dpre [T, V, n] fp32.
+    Args: du [T, V, C] or [T, C] float, x [T, n, C] float; contiguous.
+    Returns: dpre [T, V, n] or [T, n] fp32.
     Moves: n + V (x again for every group of views when n·V > 32).
     """
-    tokens, streams, width = x.shape
-    views = du.shape[1]
+    tokens, (streams, width) = tokens_of(x), x.shape[-2:]
+    views = plural(du, x)
     rows = max(1, min(views, 32 // streams))
-    dpre = x.new_empty(tokens, views, streams, dtype=torch.float32)
+    dpre = x.new_empty(*du.shape[:-1], streams, dtype=torch.float32)
     launch(
         hc_aggregate_dots,
         (tokens * cdiv(views, rows),),
@@ -108,20 +109,24 @@ def pre_dx(
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32, ⟨du, x⟩ [T, n] fp32 or None.
     Moves: 2n + n' + 1; n more where dφ's sums don't fit the registers (n > 4, V > 1, M > 32).
     """
-    streams = x.shape[1]
-    views = 0 if du is None else du.shape[1]
+    streams = x.shape[-2]
+    views = 0 if du is None else plural(du, x)
     du = x if du is None else du
     pre = dp if pre is None else pre
-    g_rows = 0 if g is None else g.shape[1]
+    g_rows = 0 if g is None else g.shape[-2]
     g = x if g is None else g
     res = dp if res is None else res
-    dx = torch.empty_like(x)
     if streams > 4 or views > 1 or phi.shape[0] > 32:
-        dots = aggregate_dots(du, x).squeeze(1) if with_dots else None
+        dots = aggregate_dots(du, x).reshape(x.shape[:-1]) if with_dots else None
+        shape, x, dp = x.shape, flat(x, 2), flat(dp, 1)
+        dx = torch.empty_like(x)
         if packs(streams, views, phi.shape[0], x.dtype):
-            return dx, packed_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows), dots
-        wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
-        return dx, wide_dphi(x, dp, phi), dots
+            dphi = packed_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
+        else:
+            wide_dx(x, du, pre, phi, dp, dss, g, res, dx, views, g_rows)
+            dphi = wide_dphi(x, dp, phi)
+        return dx.reshape(shape), dphi, dots
+    dx = torch.empty_like(x)
     options = (views, g_rows, precision, with_dots)
     return dx, *fused_dx(x, du, pre, phi, dp, dss, g, res, dx, *options)
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch
+from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
 from custom_ops.kernels.slots import sum_slots
@@ -261,7 +261,7 @@ def fused_dx(
     x, du, pre, phi, dp, dss, g, res, dx, views: int, g_rows: int, precision: str, with_dots: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dx, written; dφ and ⟨du, x⟩ [T, n] if asked, returned; the arguments are `pre_dx`'s."""
-    tokens, streams, width = x.shape
+    tokens, (streams, width) = tokens_of(x), x.shape[-2:]
     coefficients = phi.shape[0]
     tile = fused_tile(x, coefficients, precision)
     block_t = tile["BLOCK_T"]
@@ -310,7 +310,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     """
     half = x.dtype == torch.bfloat16
     old = generation(x.device) < 9
-    large = half and not old and x.shape[2] % 8 == 0
+    large = half and not old and x.shape[-1] % 8 == 0
     return {
         "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
         "DOT": "tf32" if half else "tf32x3",

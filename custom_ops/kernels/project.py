@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, cdiv, launch
+from custom_ops.kernels.launch import INTERPRETED, cdiv, launch, tokens_of
 from custom_ops.kernels.slots import hc_places, sum_turns, turns_apart
 from custom_ops.kernels.tile import padded
 
@@ -165,7 +165,7 @@ def project(
     Returns: p [T, M] fp32, ss [T] fp32. A token's result does not depend on the others.
     Moves: n (x again for every 128 coefficients, 64 at fp32).
     """
-    tokens = x.shape[0]
+    lead, tokens = x.shape[:-2], tokens_of(x)
     coefficients, depth = phi.shape
     operand, halves, dot = project_operand(phi, x.dtype, precision)
     tile = project_tile(coefficients, operand.dtype)
@@ -180,8 +180,8 @@ def project(
     grid = (cdiv(tokens, tile["BLOCK_T"]) * splits * slots, columns)
     launch(hc_project, grid, x, operand, *parts, tokens, depth, slots, **meta)
     sum_turns(*parts, splits, slots, few)
-    p = x.new_empty(tokens, coefficients, dtype=torch.float32)
-    ss = x.new_empty(tokens, dtype=torch.float32)
+    p = x.new_empty(*lead, coefficients, dtype=torch.float32)
+    ss = x.new_empty(lead, dtype=torch.float32)
     meta = {"M": coefficients, "SPLITS": splits, "BLOCK": 128, "num_warps": 4}
     grid = (cdiv(tokens * (coefficients + 1), 128),)
     launch(hc_project_sum, grid, *parts, p, ss, tokens, **meta)

@@ -58,16 +58,14 @@ def inputs(c: Constraint, tokens: int):
     if c.manifold == "newton-schulz":  # far from singular, see test_newton_schulz
         alpha[2] = 0.1
         bias[-n * n :] = torch.eye(n, device=DEVICE).flatten() + 0.1 * bias[-n * n :]
-    shapes = ((c.views, n), (c.branches, n), (n, n))
+    shapes = [(count, n) if count > 1 else (n,) for count in (c.views, c.branches)] + [(n, n)]
     cotangents = [normal(tokens, *shape, seed=3 + i) for i, shape in enumerate(shapes)]
     return (p, ss, alpha, bias), cotangents
 
 
 def autograd(args, cotangents, c, dtype):
     leaves = [a.to(dtype).requires_grad_() for a in args]
-    pre, post, res = reference.constrain(*leaves, WIDTH, c)
-    tokens, n = args[1].shape[0], c.streams
-    outs = [pre.reshape(tokens, c.views, n), post.reshape(tokens, c.branches, n), res]
+    outs = reference.constrain(*leaves, WIDTH, c)
     live = [(o, g.to(dtype)) for o, g in zip(outs, cotangents, strict=True) if o.requires_grad]
     grads = torch.autograd.grad(
         [o for o, _ in live], leaves, [g for _, g in live], materialize_grads=True
