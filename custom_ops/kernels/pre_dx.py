@@ -1,21 +1,8 @@
 """dx and dφ of the reading side in one pass over the streams, for up to 4 streams.
 
-The work is slices of BLOCK_C columns × tiles of BLOCK_T tokens. φ's slice and the sums of dφ stay
-with a program while it walks tokens, so a program keeps to a slice, and it leaves the sums in a
-slot when it is done with one. As many whole lanes of programs as the device holds, a program a
-slice, share the first tiles; neighbours are then at the same tokens and read whole rows of memory.
-Where many programs are left over, they are helpers and share the last tiles, slice by slice:
-
-             slice 0   slice 1   slice 2
-    tile 0   lane 0    lane 0    lane 0
-    tile 1   lane 0    lane 0    lane 0
-    tile 2   lane 1    lane 1    lane 1
-    tile 3   helper 0  helper 0  helper 1   ◀ hc_lane_tiles
-    tile 4   helper 0  helper 1  helper 1
-
-Which program adds what depends on the shape alone. H100, bf16, n = 4, with helpers and without:
-8192×2560 (12 helpers) 236 and 244 µs, 4096×7168 (20) 327 and 341, 32768×1280 (12) 446 and 470;
-16384×4096 (4) 699 and 684, so few of them are left idle.
+The work is slices of BLOCK_C columns × tiles of BLOCK_T tokens, dealt out as shares.py says. φ's
+slice and the sums of dφ stay with a program while it walks tokens; it leaves the sums in a slot
+when it is done with a slice.
 """
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 
@@ -26,38 +13,9 @@ import triton.language as tl
 from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
+from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
-
-PROGRAMS = 5 if INTERPRETED else 132  # at most: the streaming multiprocessors of an H100
-
-
-@triton.jit
-def hc_long(value):
-    """value as int64, also where it is a number of the interpreter's."""
-    return tl.full((), 0, tl.int64) + value
-
-
-@triton.jit
-def hc_lane_tiles(tiles, slices, lanes, helpers):
-    """Tiles that the lanes take; coming to another slice costs a helper about a tile."""
-    own = lanes * slices
-    share = (hc_long(tiles) + 1) * own // (own + helpers)
-    return tl.minimum(share, tiles).to(tl.int32)
-
-
-@triton.jit
-def hc_share(index, work, programs):
-    """First of the `work` pieces that program `index` of some takes."""
-    count = tl.minimum(work, programs)
-    return (hc_long(tl.minimum(index, count)) * work // tl.maximum(count, 1)).to(tl.int32)
-
-
-@triton.jit
-def hc_owner(piece, work, helpers):
-    """The helper that a piece belongs to: the last whose share starts at or before it."""
-    last = (hc_long(piece) + 1) * tl.minimum(work, helpers) - 1
-    return (last // tl.maximum(work, 1)).to(tl.int32)
 
 
 @triton.jit
@@ -267,11 +225,7 @@ def fused_dx(
     block_t = tile["BLOCK_T"]
     mix = packed_mix(pre, dss, res, streams, views, g_rows, block_t)
     slices = cdiv(width, tile["BLOCK_C"])
-    lanes = PROGRAMS // slices
-    helpers = PROGRAMS - lanes * slices
-    helpers = (
-        helpers if helpers * 16 > PROGRAMS else 0
-    )  # a few are not worth their scattered reads
+    lanes, helpers = lanes_and_helpers(slices)
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
     sums = phi.new_empty((lanes + helpers // slices + 2) * slices * streams * block)
     dots = dp.new_empty(slices, tokens, streams) if with_dots else None

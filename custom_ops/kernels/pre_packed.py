@@ -11,8 +11,9 @@ import triton.language as tl
 
 from custom_ops.kernels.launch import cdiv, generation, launch
 from custom_ops.kernels.mix import packed_mix
-from custom_ops.kernels.pre_dx import PROGRAMS, hc_long, hc_owner, hc_pre_dx_sum, hc_share
+from custom_ops.kernels.pre_dx import hc_pre_dx_sum
 from custom_ops.kernels.pre_pack import coefficient_blocks, pack_dp, pack_phi
+from custom_ops.kernels.shares import PROGRAMS, hc_long, hc_owner, hc_share
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -1,0 +1,60 @@
+"""Slices of columns × tiles of tokens, dealt out evenly to one program a multiprocessor.
+
+A program keeps to a slice while it walks tokens. As many whole lanes of programs as the device
+holds, a program a slice, share the first tiles; neighbours are then at the same tokens and read
+whole rows of memory. Where many programs are left over, they are helpers and share the last tiles,
+slice by slice:
+
+             slice 0   slice 1   slice 2
+    tile 0   lane 0    lane 0    lane 0
+    tile 1   lane 0    lane 0    lane 0
+    tile 2   lane 1    lane 1    lane 1
+    tile 3   helper 0  helper 0  helper 1   ◀ hc_lane_tiles
+    tile 4   helper 0  helper 1  helper 1
+
+Which program takes what depends on the shape alone. `hc_pre_dx` on an H100, bf16, n = 4, with
+helpers and without: 8192×2560 (12 helpers) 236 and 244 µs, 4096×7168 (20) 327 and 341, 32768×1280
+(12) 446 and 470; 16384×4096 (4) 699 and 684, so few of them are left idle.
+"""
+
+import triton
+import triton.language as tl
+
+from custom_ops.registration import INTERPRETED
+
+PROGRAMS = 5 if INTERPRETED else 132  # at most: the streaming multiprocessors of an H100
+
+
+@triton.jit
+def hc_long(value):
+    """value as int64, also where it is a number of the interpreter's."""
+    return tl.full((), 0, tl.int64) + value
+
+
+@triton.jit
+def hc_lane_tiles(tiles, slices, lanes, helpers):
+    """Tiles that the lanes take; coming to another slice costs a helper about a tile."""
+    own = lanes * slices
+    share = (hc_long(tiles) + 1) * own // (own + helpers)
+    return tl.minimum(share, tiles).to(tl.int32)
+
+
+@triton.jit
+def hc_share(index, work, programs):
+    """First of the `work` pieces that program `index` of some takes."""
+    count = tl.minimum(work, programs)
+    return (hc_long(tl.minimum(index, count)) * work // tl.maximum(count, 1)).to(tl.int32)
+
+
+@triton.jit
+def hc_owner(piece, work, helpers):
+    """The helper that a piece belongs to: the last whose share starts at or before it."""
+    last = (hc_long(piece) + 1) * tl.minimum(work, helpers) - 1
+    return (last // tl.maximum(work, 1)).to(tl.int32)
+
+
+def lanes_and_helpers(slices):
+    """How many lanes and helpers there are for so many slices."""
+    lanes = PROGRAMS // slices
+    helpers = PROGRAMS - lanes * slices
+    return lanes, helpers if helpers * 16 > PROGRAMS else 0
