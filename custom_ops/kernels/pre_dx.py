@@ -13,7 +13,6 @@ import triton.language as tl
 from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
-from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share
 from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share, lanes_and_helpers
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
