@@ -270,7 +270,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
         "DOT": "tf32" if half else "tf32x3",
         "BLOCK_T": 64 if large else 32 if half else 16,
         "BLOCK_M": max(16, padded(coefficients)),
-        "BLOCK_C": 64 if half and not old else 32,
+        "BLOCK_C": 64 if large else 32,
         "STAGES": 3 if large else 2,
         "num_warps": 8 if half else 4,
     }

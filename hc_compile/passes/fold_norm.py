@@ -10,7 +10,8 @@ rounded again before its weight (as Llama's does) differs from it by that roundi
 
 Recognised: torch.nn.functional.rms_norm and layer_norm over the last dimension, with a weight, and
 an RMSNorm written out: u.to(fp32), square or pow 2, mean, + eps, rsqrt, times u, times weight and
-back to u's dtype, in either order. u must have no other user; a norm without weight or eps stays.
+back to u's dtype, in either order. u must have no other user; a norm without weight or a constant
+eps stays.
 """
 
 from dataclasses import dataclass, replace
@@ -113,9 +114,11 @@ def _called(node: Node) -> Norm | None:
     given: dict[str, Any] = {"eps": 1e-5 if kind == "layer" else None}
     given |= dict(zip(names, node.args, strict=False)) | node.kwargs
     weight, eps = given.get("weight"), given["eps"]
-    if not isinstance(weight, Node) or len(given["normalized_shape"]) != 1 or eps is None:
+    if not isinstance(weight, Node) or len(given["normalized_shape"]) != 1:
         return None
-    return Norm(node, kind, weight, given.get("bias"), float(eps))
+    if not isinstance(eps, float):  # none, or a symbol where floats are dynamic
+        return None
+    return Norm(node, kind, weight, given.get("bias"), eps)
 
 
 def _written_out(u: Node) -> Norm | None:
