@@ -20,16 +20,17 @@ RUNS = {
 # Bytes of stack: (capability, kernel, case) -> upper bound. On sm_90 pre_dx spills outside its
 # loop over tokens; tiles without spills took 1.25 times as long on an H100. Others: not measured.
 ALLOWED: dict[tuple[int, str, str], int] = {
-    (80, "hc_pre_dx", "bf16"): 16,
-    (90, "hc_pre_dx", "bf16"): 56,
-    (90, "hc_pre_dx", "fp32"): 8,
-    (90, "hc_pre_dx", "odd width"): 248,
+    (80, "hc_pre_dx", "bf16"): 80,
+    (90, "hc_pre_dx", "bf16"): 72,
+    (90, "hc_pre_dx", "fp16"): 16,
+    (90, "hc_pre_dx", "fp32"): 16,
+    (90, "hc_pre_dx", "odd width"): 408,
     (90, "hc_pre_dx_wide", "n=16"): 336,
     (90, "hc_post_project", "n=4"): 24,
     (90, "hc_project", "n=16"): 8,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
-    (100, "hc_pre_dx", "bf16"): 24,
+    (100, "hc_pre_dx", "bf16"): 48,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }

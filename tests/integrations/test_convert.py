@@ -177,11 +177,14 @@ def test_one_graph_forward_and_backward(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "vit"])
 def test_every_seam_fuses(family):
-    """Four sublayers: the first reads and writes one stream, the last is only averaged."""
+    """Four sublayers: the first reads and writes one stream, the last is only averaged.
+
+    Llama's norm narrows to float32, the one folded into a read keeps float64.
+    """
     model, counts = move(converted(build(family))), {}
     compiled = with_passes(lambda given: output(model, given), counts=counts)
-    assert worst(compiled(inputs(model)), output(model)) <= 1e-9
-    assert counts["post_pre"] == 2 and counts["pre"] == 1 and counts["post"] == 2
+    assert worst(compiled(inputs(model)), output(model)) <= (1e-6 if family == "llama" else 1e-9)
+    assert counts["post_pre"] == 3 and "pre" not in counts and counts["post"] == 1
 
 
 @pytest.mark.compile

@@ -23,7 +23,7 @@ class Analysis:
 
 
 def arguments(dtype=torch.float32, streams=4, tokens=48):
-    return {"x_ptr": torch.empty(2, dtype=dtype), "N": streams, "tokens": tokens, "y_ptr": None}
+    return {"x_ptr": torch.empty(2, dtype=dtype), "IN": streams, "tokens": tokens, "y_ptr": None}
 
 
 def test_equal_questions_are_asked_once():

@@ -89,7 +89,7 @@ def test_kernels_of_a_gpu(policy, kept, written):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kept"] == kept
-    assert found["forward"]["hc_post_project"] == 6
+    assert found["forward"]["hc_post_project"] == 7
     assert found["backward"].get("hc_post_project", 0) == written
     assert "hc_aggregate" not in found["backward"]  # what a branch reads is the branch's
 
