@@ -9,6 +9,7 @@ import triton
 
 import hc_compile as hc
 from custom_ops.catalog import CATALOG, ROWS, make_inputs
+from hc_compile.backend import hc_inductor
 from tests.conftest import cotangents, outputs_and_gradients, worst
 from tests.test_presets import PRESETS, Net, draw
 
@@ -200,7 +201,7 @@ def test_lengths_share_graphs_and_kernels():
     from torch._dynamo.testing import CompileCounterWithBackend
 
     net = Net(hc.HCConfig(64, 4, "mhc"), layers=2).cuda()
-    counter = CompileCounterWithBackend("hc_inductor")
+    counter = CompileCounterWithBackend(hc_inductor)
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     for tokens in (300, 1, 2, 17, 64, 1000, 4999, 5000):
         h = draw(tokens, 64).cuda()

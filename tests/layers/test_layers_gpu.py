@@ -63,6 +63,7 @@ def test_monitors_in_compiled_code_and_cuda_graphs(mode):
     for seed in range(4):  # graphs are recorded in the second call and replayed from the third
         h = draw(2, 64, DIM, seed=seed).cuda()
         plain(h)
+        net.zero_grad(set_to_none=True)  # a graph's gradients last until its next replay
         run(h).sum().backward()
         expected = monitor.report(plain)
         for name, values in monitor.report(net).items():
