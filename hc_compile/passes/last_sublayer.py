@@ -9,7 +9,7 @@ of the pre that made it. The same for sums. Where n is no power of two or fp16 m
 mean is taken of post and res and ∂x is formed twice; so it is for h = hc.aggregate(x', pre), by
 which DeepSeek-V4.1 leaves its streams, with Σᵢ preᵢ in place of the mean.
 
-C-units: 3n + 2 become n + 2 forward; backward (with that of the read before) 9n + 4 become 5n + 6.
+C-units: 3n + 2 become n + 2 forward; backward, with that of the read before, 7n + 5 become 4n + 6.
 Numerics: better, not the same. x' is no longer rounded to the streams' dtype before the mean, so h
 differs by what that rounding was (at most half a unit in the last place of the largest |x'ᵢ|);
 the means of the coefficients are fp32 sums of n terms.

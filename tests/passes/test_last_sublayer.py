@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hc_compile as hc
-from hc_compile.passes.graph import is_op, value
+from hc_compile.passes.graph import arguments, is_op, value
 from hc_compile.passes.last_sublayer import last_sublayer
 from tests.conftest import worst
 from tests.passes.harness import assert_equal, results, with_passes
@@ -38,6 +38,30 @@ def test_only_the_last_post_makes_one_stream(name, reduce):
         return net.norm(hc.reduce_streams(x, cfg))
 
     assert folded(function, net, h) == [(4, DIM), (4, DIM), (1, DIM)]
+
+
+@pytest.mark.parametrize(
+    "n, reduce, kept", [(4, "mean", True), (3, "mean", False), (3, "sum", True)]
+)
+def test_a_ghost_stays_where_one_cotangent_is_that_of_all_streams(n, reduce, kept):
+    """A mean over three is not a sum scaled exactly: there ∂x is formed by the post as well."""
+    net, h = net_and_input("mhc", n)
+    cfg, ghosts = hc.HCConfig(DIM, n, "mhc", reduce=reduce), []
+
+    def function(h):
+        x = net.expand(h)
+        for k in range(2):
+            x = block_of(net, k, x)
+        return net.norm(hc.reduce_streams(x, cfg))
+
+    def look(graph):
+        posts = [node for node in graph.nodes if is_op(node, "post")]
+        ghosts.extend(arguments(node, "post")["ghost"] is not None for node in posts)
+        return False
+
+    ours = results(with_passes(function, [last_sublayer, look]), net, h)
+    assert_equal(ours, results(function, net, h))
+    assert ghosts == [True, kept]
 
 
 @pytest.mark.parametrize("static", [False, True])
