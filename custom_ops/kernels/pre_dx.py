@@ -259,9 +259,9 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     """Tile of `fused_dx`: 64 tokens × 64 columns fill Hopper's tensor cores at bf16.
 
     Its spills lie outside the loop over tokens. Half as many tokens do not spill but took 1.25 to
-    1.5 times as long on an H100, 16 warps 1.14 times, g made an operand of a product so that it lies
-    swizzled in shared memory (its reads conflict there) 1.17 times; before sm_90 and where rows are
-    not aligned, large tiles do spill inside.
+    1.5 times as long on an H100, 16 warps 1.14 times, and 1.17 times with g an operand of a
+    product, so that it lies swizzled in shared memory, where its reads conflict. Before sm_90 and
+    where rows are not aligned, large tiles do spill inside.
     """
     half = x.dtype == torch.bfloat16
     old = generation(x.device) < 9
