@@ -68,7 +68,9 @@ def test_seams_fuse_across_the_edges_of_blocks():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("recompute", ["none", "coefficients"])
+@pytest.mark.parametrize(
+    "recompute", ["none", pytest.param("coefficients", marks=pytest.mark.full)]
+)
 def test_inductor(recompute):
     net = network("shc")
     plain, keys = results(net, net, batch()), list(net.state_dict())
