@@ -40,7 +40,7 @@ def backward_graph(net, passes):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_large_sum_over_tokens_lands_in_a_cat(name):
-    """The static preset has sums of n columns; at risk are 1280 and more at 4096 tokens."""
+    """The static preset has sums of 1 to n² columns; at risk are 1280 and more at 4096 tokens."""
     net = Net(hc.HCConfig(DIM, 4, name), layers=3)
     cats = [node for node in backward_graph(net, PASSES).nodes if op_name(node) == "cat"]
     widths = {w for cat in cats for item in cat.all_input_nodes for w in lost_tokens(item)}

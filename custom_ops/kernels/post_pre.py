@@ -192,7 +192,7 @@ def post_pre(
 ) -> tuple:
     """x', u or None, pre' and post' [T, n], res' [T, n, n], p [T, M] and ss [T].
 
-    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: 2n + 1, with u 2n + 2.
+    Args: as `post_project`; alpha [3], bias [M] fp32. Moves: as `post_project`.
     """
     streams, u, p, ss, splits = post_project(x, y, post, res, phi, carried)
     width, lead = c.norm_width(x.shape[-1]), x.shape[:-2]

@@ -105,7 +105,7 @@ def pre_dx(
     phi [M, n·C], dp [T, M], dss [T], res [T, n', n] fp32; all contiguous. At bf16 x, dp enters
     dφ as 2 bf16 parts (relative error 2.5e-6 over 65,536 tokens, where an fp32 product has 5.3e-7)
     or, if precision is "ieee" and dφ does not take its own pass, as 3 (1.7e-7); φᵀdp takes both
-    factors as tf32.
+    factors as tf32, or at 5 to 8 streams as scaled fp16, which has as many bits.
     Returns: dx [T, n, C] in x's dtype, dphi [M, n·C] fp32, ⟨du, x⟩ [T, n] fp32 or None.
     Moves: 2n + n' + 1; n more where dφ's sums don't fit the registers (n > 4, V > 1, M > 32).
     """

@@ -1,4 +1,4 @@
-"""dx and dφ as two passes for 5 to 8 streams at bf16, or up to 128 coefficients.
+"""dx and dφ as two passes at bf16 where pre_dx.py's sums do not fit: up to 8 streams, M ≤ 128.
 
 dx takes φᵀdp in fp16, 11 bits as in tf32, so a tile of tokens reads half the bytes of φ from L2.
 dφ keeps the sums of all coefficients on many columns, so x is read once and dp seldom.
