@@ -4,11 +4,13 @@
 (entry point group `torch_dynamo_backends`); `hc.compile(model, ...)` is the same thing. After one
 `hc.install()` plain `torch.compile(model)` runs the passes too.
 
-Inductor's own options stay as they are. Among them `triton.mix_order_reduction`, on by default,
-gives wrong gradients on torch 2.10 to 2.13 where a sum over 4096 or more tokens lands in a slice
-of a `cat` (pytorch/pytorch#193061: modulation vectors chunked from one shared table). No graph of
-ours has such a sum, which a test holds; a model that has one needs
-`options={"triton.mix_order_reduction": False}` here as under plain torch.compile.
+The backend also keeps longer rows on chip than Inductor does (row_reductions.py), which `install`
+cannot ask of it. Inductor's own options stay as they are. Among them
+`triton.mix_order_reduction`, on by default, gives wrong gradients on torch 2.10 to 2.13 where a
+sum over 4096 or more tokens lands in a slice of a `cat` (pytorch/pytorch#193061: modulation
+vectors chunked from one shared table). No graph of ours has such a sum, which a test holds; a
+model that has one needs `options={"triton.mix_order_reduction": False}` here as under plain
+torch.compile.
 
 Models that leave this process:
 
@@ -29,11 +31,13 @@ from typing import Any
 
 import torch
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import custom_ops  # noqa: F401  (registers torch.ops.hc)
 from hc_compile.passes import PASSES, GraphPass, PassPipeline, without_pipeline
 from hc_compile.passes.recompute import Recompute, annotate
 from hc_compile.recompute import Policy, check_policy
+from hc_compile.row_reductions import with_rows_on_chip
 
 
 def hc_inductor(
@@ -62,8 +66,9 @@ def hc_inductor(
         "pre_grad_custom_pass": passes,
         "joint_custom_post_pass": Recompute(recompute, then),
     }
-    inductor = torch._TorchCompileInductorWrapper(mode, options, None)
-    return inductor(graph_module, example_inputs)
+    options = torch._TorchCompileInductorWrapper(mode, options, None).config
+    inner = with_rows_on_chip(compile_fx_inner)
+    return compile_fx(graph_module, example_inputs, inner, config_patches=options)
 
 
 def _reset() -> None:

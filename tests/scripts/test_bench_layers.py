@@ -19,8 +19,8 @@ def test_tiny_run_records_and_renders(tmp_path, capsys):
     data = json.loads(file.read_text())
     assert json.loads(out.splitlines()[-1]) == data
     assert data["machine"]["git_commit"] == "abc"
-    ways = [(case, way) for case in CASES for way in ("eager", "Inductor")]
-    ways.insert(-1, (ways[-1][0], "Inductor, watched"))
+    ways = [(case, way) for case in CASES for way in ("eager", "Inductor", "hc.compile")]
+    ways[-2] = (ways[-2][0], "hc.compile, watched")
     assert [(r["case"], r["way"]) for r in data["layers"]] == ways
     for record in data["layers"]:
         assert record["difference"] < 1e-5
@@ -53,7 +53,7 @@ def test_rotary_cache_is_24_times_smaller_when_shared():
 def test_a_failing_peer_is_noted_and_anything_else_ends_the_run(monkeypatch):
     def failing(after):
         def measure(name, *_):
-            for way in ("eager", "Inductor")[:after]:
+            for way in ("eager", "hc.compile")[:after]:
                 yield {"case": name, "way": way, "train_ms": 1.0}
             raise RuntimeError("no kernel")
 
