@@ -11,7 +11,7 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-LONGEST = 4096  # elements of a row that stays in registers
+LONGEST = 8192  # elements of a row that stays in registers
 
 
 class RowsOnChip(InductorChoices):
