@@ -112,6 +112,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
             for case in cases(name, args.device):
                 if args.eager and "compile" in case.way:
                     continue
+                if args.ops and case.op not in args.ops:
+                    continue
                 if time.perf_counter() > ends:
                     data["failed"][f"{case.op}, {case.way} and what follows"] = "out of time"
                     break
@@ -158,6 +160,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="Time the drop-ins against their originals.")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these, as tables name them")
     parser.add_argument("--quick", action="store_true", help="a quarter of the repeats")
     parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument(

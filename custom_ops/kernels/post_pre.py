@@ -136,7 +136,7 @@ def post_project(
     out = x.new_empty(*x.shape[:-2], count, width)
     u = None if carried is None else torch.empty_like(y, dtype=x.dtype)
     turns = cdiv(width, splits * tile["BLOCK_C"]) if splits > 1 else 1
-    slots, few = turns_apart(turns, tokens)
+    slots, few = turns_apart(turns, tokens, coefficients)
     p = phi.new_empty(slots * splits, tokens, coefficients)
     ss = phi.new_empty(slots * splits, tokens)
     launch(

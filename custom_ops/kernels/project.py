@@ -172,7 +172,7 @@ def project(
     splits = max(1, min(4, depth // 1024))
     turns = cdiv(depth, splits * tile["BLOCK_K"])
     # With φ whole the compiler may add the turns within the tensor cores: then all in one slot.
-    slots, few = turns_apart(turns if halves == 2 and splits > 1 else 1, tokens)
+    slots, few = turns_apart(turns if halves == 2 and splits > 1 else 1, tokens, coefficients)
     parts = [x.new_empty(slots * splits, tokens, coefficients, dtype=torch.float32)]
     parts.append(x.new_empty(slots * splits, tokens, dtype=torch.float32))
     columns = cdiv(coefficients, tile["BLOCK_M"] + tile["TAIL_M"])

@@ -6,7 +6,7 @@ import torch
 from custom_ops import post_pre as op
 from custom_ops import reference
 from custom_ops.constraint import Constraint
-from custom_ops.kernels.slots import FEW_TOKENS
+from custom_ops.kernels import slots
 from tests.conftest import worst
 from tests.kernels.cases import DEVICE, INTERPRETED, anywhere, normal
 
@@ -151,9 +151,12 @@ def test_with_ghosts(shape, delayed, extra):
 
 @pytest.mark.parametrize("delayed", [False, True], ids=["", "delayed"])
 @pytest.mark.parametrize("width", [96, 520] if INTERPRETED else [96, 520, 2560, 7168])
-def test_a_token_does_not_see_the_others(width, delayed):
+def test_a_token_does_not_see_the_others(width, delayed, monkeypatch):
     """Few tokens take the turns of the loop apart (slots.py), and add them to the same bits."""
-    most = 70 if INTERPRETED else 200
+    if INTERPRETED:
+        monkeypatch.setattr(slots, "few_tokens", lambda coefficients: 64)
+    few = slots.few_tokens(24)
+    most = few + (6 if INTERPRETED else 130)
     inputs, c = boundary(most, 4, width, delayed)
 
     def first(tokens):
@@ -161,7 +164,7 @@ def test_a_token_does_not_see_the_others(width, delayed):
         return fused(*some[:4], *inputs[4:7], c, *some[4:])[:7]
 
     whole = first(most)
-    for tokens in (1, 5, FEW_TOKENS):
+    for tokens in (1, 5, few):
         for a, b in zip(whole, first(tokens), strict=True):
             assert torch.equal(a[:tokens], b)
 

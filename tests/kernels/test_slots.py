@@ -25,7 +25,7 @@ def function(x, y, post, res):
 
 compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
 grids = {}
-for tokens in (3, 3000, 64, 65, 2, 1, 128):
+for tokens in (3, 3000, 512, 513, 2, 1, 128):
     inputs = [torch.rand(tokens, *own) for own in ((n, width), (width,), (n,), (n, n))]
     inputs = [t.bfloat16() if t.shape[-1] == width else t for t in inputs]
     for t in inputs:
@@ -36,8 +36,8 @@ for tokens in (3, 3000, 64, 65, 2, 1, 128):
     grids[tokens] = [grid[0] for grid in launched]
     assert counters["stats"]["unique_graphs"] == (2 if 1 in grids else 1), tokens
 # split, post_project, sum_turns, constrain, aggregate; split, project, sum_turns, ...
-assert grids[64][1:3] == [2 * 4, 25] and grids[65][1:3] == [2 * 2, 0], grids
-assert grids[64][6:8] == [2 * 8, 25] and grids[65][6:8] == [2 * 2, 0], grids
+assert grids[512][1:3] == [8 * 2 * 4, 200] and grids[513][1:3] == [9 * 2, 0], grids
+assert grids[512][6:8] == [8 * 2 * 8, 200] and grids[513][6:8] == [9 * 2, 0], grids
 assert len({len(found) for found in grids.values()}) == 1, grids
 """
 
