@@ -46,13 +46,13 @@ PUBLISHED, PACKAGE, TINY = Size(8, 2048, 4096), Size(8, 2048, 1024), Size(2, 8, 
 MEGA = 2**20
 
 
-def cases(name: str, device: str) -> Iterator[Case]:
+def cases(name: str, device: str, size: Size | None) -> Iterator[Case]:
     """The cases of one table, built one after the other so that they don't share memory."""
-    cuda = device.startswith("cuda")
+    usual = {"package": PACKAGE, "triton": PUBLISHED}[name] if device.startswith("cuda") else TINY
+    size = usual if size is None else size
     if name == "package":
-        yield from package_cases(PACKAGE if cuda else TINY, device)
+        yield from package_cases(size, device)
         return
-    size = PUBLISHED if cuda else TINY
     for make in (matrix_cases, mix_cases, step_cases):
         yield from make(size, device)
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         bandwidth = copy_bandwidth(args.device)
         data["copy_gb_per_s"] = bandwidth / 1e9
         for name in args.tables:
-            for case in cases(name, args.device):
+            for case in cases(name, args.device, args.size):
                 if args.eager and "compile" in case.way:
                     continue
                 if args.ops and case.op not in args.ops:
@@ -161,12 +161,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the drop-ins against their originals.")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these, as tables name them")
+    parser.add_argument(
+        "--size", type=int, nargs=3, metavar=("B", "S", "D"), help="default: tiny on a CPU"
+    )
     parser.add_argument("--quick", action="store_true", help="a quarter of the repeats")
     parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="start nothing new after this long"
     )
-    return recorded.parse(parser, argv)
+    args = recorded.parse(parser, argv)
+    args.size = None if args.size is None else Size(*args.size)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
