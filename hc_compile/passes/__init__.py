@@ -31,15 +31,17 @@ PASSES: tuple[GraphPass, ...] = (
 
 def _sources() -> tuple[str, ...]:
     folders = (Path(__file__).parent, Path(custom_ops.__file__).parent)
-    return tuple(sorted(str(f) for folder in folders for f in folder.rglob("*.py")))
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    return tuple(sorted(map(str, [*files, folders[0].parent / "row_reductions.py"])))
 
 
 class PassPipeline(CustomGraphPass):
     """The passes in order, then the user's own pre-grad pass (or, from torch 2.13, passes).
 
-    A graph without hc:: ops goes to the user's pass as it came. The uuid hashes the passes' and
-    the ops' sources (and the user's uuid), so compiled graphs are cached across processes and
-    never outlive a change; a user's pass without uuid turns the cache off, as it would alone.
+    A graph without hc:: ops goes to the user's pass as it came. The uuid hashes the sources of the
+    passes, the ops and the backend's choices (and the user's uuid), so compiled graphs are cached
+    across processes and never outlive a change; a user's pass without uuid turns the cache off,
+    as it would alone.
     """
 
     def __init__(self, passes: Sequence[GraphPass] = PASSES, then: Any = None):
