@@ -49,8 +49,8 @@ tier() {
     rm -f "$log"
 }
 
-main="not gpu and not interpreter and not full"
-[ "$full" -eq 1 ] && main="not gpu and not interpreter"
+main="not gpu and not interpreter and not full" interpreted="interpreter and not full"
+[ "$full" -eq 1 ] && main="not gpu and not interpreter" interpreted="interpreter"
 workers="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 [ "$workers" -gt 8 ] && workers=8
 
@@ -61,7 +61,7 @@ check pyright --pythonpath "$PYTHON"
 # Tests differ a hundredfold in time: a worker that is done takes what others have left.
 OMP_NUM_THREADS=1 tier -n "$workers" --dist worksteal -m "$main"
 # Interpreted kernels replace compiled ones for the whole process, so they get their own.
-OMP_NUM_THREADS=1 TRITON_INTERPRET=1 tier -n "$workers" --dist worksteal -m interpreter
+OMP_NUM_THREADS=1 TRITON_INTERPRET=1 tier -n "$workers" --dist worksteal -m "$interpreted"
 [ "$gpu" -eq 1 ] && tier -m gpu
 
 heading "all tiers"

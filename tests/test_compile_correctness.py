@@ -63,14 +63,13 @@ def test_one_graph_for_unbacked_lengths(name):
     assert counter.frame_count == 1
 
 
-# aot_eager covers them here, and Inductor on a device
-LIKE_OTHERS = ("dhc-no-tanh", "fhc", "ihc", "mhc-log", "mhc-v4", "mhc-kron", "mhc-lite", "shc")
+WITH_INDUCTOR = ("mhc", "mhc-v4.1", "dhc")  # aot_eager covers all here, Inductor on a device
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(p, marks=pytest.mark.full if p in LIKE_OTHERS else ()) for p in PRESETS],
+    [pytest.param(p, marks=() if p in WITH_INDUCTOR else pytest.mark.full) for p in PRESETS],
 )
 def test_inductor_paths_agree(name):
     """eager ≡ plain functions compiled ≡ ops compiled ≡ ops fused, outputs and gradients."""

@@ -154,7 +154,7 @@ def test_with_ghosts(shape, delayed, extra):
 def test_a_token_does_not_see_the_others(width, delayed, monkeypatch):
     """Few tokens take the turns of the loop apart (slots.py), and add them to the same bits."""
     if INTERPRETED:
-        monkeypatch.setattr(slots, "few_tokens", lambda coefficients: 64)
+        monkeypatch.setattr(slots, "few_tokens", lambda coefficients: 16)
     few = slots.few_tokens(24)
     most = few + (6 if INTERPRETED else 130)
     inputs, c = boundary(most, 4, width, delayed)

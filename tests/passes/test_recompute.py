@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hc_compile as hc
+from hc_compile import backend
 from hc_compile.backend import hc_inductor
 from hc_compile.passes.recompute import Recompute
 from hc_compile.recompute import plan
@@ -31,7 +32,7 @@ ONE = X.numel() * X.element_size()
         ("mhc", "coefficients", 3),
         ("mhc", "streams", 1),
         ("shc", "streams", 1),
-        ("fhc", "streams", 1),
+        pytest.param("fhc", "streams", 1, marks=pytest.mark.full),
         ("mhc-v4.1", "none", 3),
         ("mhc-v4.1", "streams", 1),
     ],
@@ -130,11 +131,11 @@ def test_dynamic_shapes_are_planned_by_their_first_sizes():
 def test_every_way_to_ask_reaches_inductor(monkeypatch):
     given = []
 
-    def inductor(mode, options, dynamic):
-        given.append(options["joint_custom_post_pass"])
-        return lambda gm, inputs: gm
+    def inductor(graph_module, inputs, inner, config_patches):
+        given.append(config_patches["joint_custom_post_pass"])
+        return graph_module
 
-    monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", inductor)
+    monkeypatch.setattr(backend, "compile_fx", inductor)
     net, h = net_and_input("mhc", 4, layers=1)
     options = {"recompute": "streams", "joint_custom_post_pass": print}
     torch.compile(net, backend=hc_inductor, options=options)(h)
