@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+triton = pytest.importorskip("triton")
+
 # (capability, group): least number of different kernels it compiles
 RUNS = {
     (90, "four"): 45,
@@ -34,6 +36,12 @@ ALLOWED: dict[tuple[int, str, str], int] = {
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # what 3.6 takes instead
+    ALLOWED |= {
+        (80, "hc_pre_dx", "bf16"): 88,
+        (80, "hc_constrain_backward_kernel", "ortho n=8"): 40,
+        (90, "hc_pre_dx", "odd width"): 600,
+    }
 # Registers a thread of a kernel whose programs must all be resident at once.
 RESIDENT = {"hc_aggregate_norm_backward": 128}
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}  # what one program may take
