@@ -17,10 +17,11 @@ from tests.test_presets import DIM, PRESETS, Net, draw, takes
 
 WHOLLY_DYNAMIC = ("mhc", "mhc-v4.1", "dhc")  # marked lengths, below, cover every preset
 PAIRS = [
-    pytest.param(name, n, dynamic, marks=pytest.mark.full if dynamic and left else ())
-    for k, name in enumerate(PRESETS)
-    for n, dynamic in ((2 + k % 3, False), (4, True))
-    for left in [name not in WHOLLY_DYNAMIC]
+    *((name, 2 + k % 3, False) for k, name in enumerate(PRESETS)),
+    *(
+        pytest.param(p, 4, True, marks=() if p in WHOLLY_DYNAMIC else pytest.mark.full)
+        for p in PRESETS
+    ),
 ]
 
 
