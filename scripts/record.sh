@@ -17,10 +17,11 @@ declare -A limit=(
     [gate]=120 [small]=110 [sublayer]=260 [ops]=160 [seam]=60 [model]=340 [model4096]=260
     [tests]=420 [recompute]=280 [compile]=300 [inference]=280 [compat]=480 [layers]=260
     [paths]=200 [quickstart]=200 [integrations]=280 [integrations2]=420
+    [kernels]=150
 )
 order=(
     gate small sublayer ops seam model tests recompute inference compat layers integrations
-    integrations2 model4096 paths quickstart compile
+    integrations2 model4096 paths quickstart compile kernels
 )
 
 bench() { # NAME SCRIPT [arguments]: one benchmark, recorded
@@ -54,6 +55,7 @@ step() { # those that can start nothing new shortly before their time, to end by
             "${ending[@]}" ;;
         integrations2) bench integrations2 bench_integrations --models hy_v4 glm5_next \
             "${ending[@]}" ;;
+        kernels) bench kernels profile_kernels ;;
         paths) "$python" -m scripts.profile_paths --steps 50 --out "$out/paths" \
             ${COMMIT:+--commit "$COMMIT"} ;;
         quickstart) "$python" -m scripts.quickstart --steps 60 --out "$out/quickstart" \

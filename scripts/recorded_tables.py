@@ -26,6 +26,7 @@ from scripts import (
     bench_inference,
     bench_integrations,
     bench_layers,
+    profile_kernels,
 )
 
 READMES = ("README.md", "profiles/README.md", "hc_compile/compat/README.md")
@@ -49,6 +50,7 @@ WHOLE: dict[str, tuple[str, Callable[[dict], str]]] = {
     "inference": ("inference", bench_inference.table),
     "integrations": ("integrations", bench_integrations.table),
     "compile": ("compile", bench_compile_time.table),
+    "kernels": ("kernels", profile_kernels.table),
 }
 
 
