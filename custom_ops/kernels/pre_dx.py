@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
-from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_wide import hc_round_tf32
 from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share, lanes_and_helpers
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
+from custom_ops.kernels.together import hc_apart, hc_together
 
 
 @triton.jit
@@ -45,12 +45,45 @@ def hc_dphi_parts(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def hc_add_mixed(dx, tile, mix_ptr, N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """dx_j + mix_j · tile for every stream j."""
+def hc_phi_columns(phi_ptr, c_first, width, m_offs, M: tl.constexpr, N: tl.constexpr,
+                   C: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """C columns of φ of N streams (3 are padded to 4), [PAD_N·C, BLOCK_M], half a slice in turn.
+
+    A product with them is N tiles [T, C] whose registers lie as those of one such product.
+    """
+    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
+    HALF: tl.constexpr = C // 2
+    offs = tl.arange(0, PAD_N * C)
+    streams = offs // HALF % PAD_N
+    c_offs = c_first + offs // (PAD_N * HALF) * HALF + offs % HALF
+    mask = ((streams < N) & (c_offs < width))[:, None] & (m_offs < M)[None, :]
+    rows = m_offs[None, :].to(tl.int64) * (N * width)
+    phi = tl.load(phi_ptr + rows + (streams * width + c_offs)[:, None], mask=mask, other=0.0)
+    return hc_round_tf32(phi) if DOT == "tf32" else phi
+
+
+@triton.jit
+def hc_turn_back(dp, phi, N: tl.constexpr, DOT: tl.constexpr):
+    """φᵀdp of N streams, a tile [T, C] each, from `hc_phi_columns`."""
+    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
+    HALF: tl.constexpr = phi.shape[0] // (2 * PAD_N)
+    product = tl.dot(dp, tl.trans(phi), input_precision=DOT)
+    product = tl.reshape(product, [dp.shape[0], 2, PAD_N, HALF])
+    product = tl.trans(product, (0, 1, 3, 2))
+    return hc_apart(tl.reshape(product, [dp.shape[0], 2 * HALF, PAD_N]))
+
+
+@triton.jit
+def hc_add_mixed(dx, tile, rows_ptr, t_offs, t_mask, stride: tl.constexpr, N: tl.constexpr):
+    """dx_j + w_j · tile for every stream j; a token's N weights w lie side by side."""
+    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
+    n_offs = tl.arange(0, PAD_N)
+    mask = t_mask[:, None] if PAD_N == N else t_mask[:, None] & (n_offs < N)[None, :]
+    row_ptrs = rows_ptr + t_offs[:, None] * stride + n_offs[None, :]
+    weights = hc_apart(tl.load(row_ptrs, mask=mask, other=0.0))
     out = ()
     for j in tl.static_range(N):
-        weight = tl.load(mix_ptr + j * BLOCK_T + tl.arange(0, BLOCK_T))
-        out = out + (dx[j] + weight[:, None] * tile,)
+        out = out + (dx[j] + weights[j][:, None] * tile,)
     return out
 
 
@@ -60,8 +93,10 @@ def hc_pre_dx(
     du_ptr,
     g_ptr,
     phi_ptr,
-    mix_ptr,
+    pre_ptr,
+    res_ptr,
     dp_ptr,
+    dss_ptr,
     dx_ptr,
     part_ptr,
     dots_ptr,
@@ -75,6 +110,7 @@ def hc_pre_dx(
     G: tl.constexpr,
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -82,7 +118,8 @@ def hc_pre_dx(
 ):
     """dx on this program's share of the work, and the sums of dφ over it, one slot a slice.
 
-    With dots_ptr (of a single view) also every slice's share of ⟨du, x_j⟩.
+    With dots_ptr (of a single view) also every slice's share of ⟨du, x_j⟩. If TOGETHER, φᵀdp of
+    all streams is one product and dφ comes after dx, else both are made stream by stream.
     """
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
@@ -93,13 +130,10 @@ def hc_pre_dx(
     begin = hc_share(helper, late * slices, helpers)
     end = hc_share(helper + 1, late * slices, helpers)
     span = tl.maximum(late, 1)
-    MIXED: tl.constexpr = G * N
-    COUNT: tl.constexpr = MIXED + V * N + 1
     depth = N * width
     m_offs = tl.arange(0, BLOCK_M)
     t_offs = tl.arange(0, BLOCK_T)
     PAD_N: tl.constexpr = N + N // 3 * (4 - N)  # N ≤ 4, to a power of two
-    n_offs = tl.arange(0, PAD_N)[None, :]
     dp_offs = t_offs[:, None] * M + m_offs[None, :]
     in_lane = helper < 0
     first_piece = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
@@ -108,14 +142,18 @@ def hc_pre_dx(
     for piece in range(first_piece, stop_piece):
         c_offs = piece * BLOCK_C + tl.arange(0, BLOCK_C)
         c_mask = c_offs < width
-        phi_mask = c_mask[:, None] & (m_offs < M)[None, :]
-        phi_offs = m_offs[None, :].to(tl.int64) * depth + c_offs[:, None]
-        phi = ()
         dphi = ()
-        for j in tl.static_range(N):
-            phi_tile = tl.load(phi_ptr + phi_offs + j * width, mask=phi_mask, other=0.0)
-            phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
+        for _ in tl.static_range(N):
             dphi = dphi + (tl.zeros([BLOCK_C, BLOCK_M], tl.float32),)
+        if TOGETHER:
+            phi = hc_phi_columns(phi_ptr, piece * BLOCK_C, width, m_offs, M, N, BLOCK_C, DOT)
+        else:
+            phi = ()
+            phi_mask = c_mask[:, None] & (m_offs < M)[None, :]
+            phi_ptrs = phi_ptr + m_offs[None, :].to(tl.int64) * depth + c_offs[:, None]
+            for j in tl.static_range(N):
+                phi_tile = tl.load(phi_ptrs + j * width, mask=phi_mask, other=0.0)
+                phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
         first = early + tl.maximum(begin - piece * span, 0)
         last = early + tl.minimum(end - piece * span, span)
         first = tl.where(in_lane, hc_share(lane, early, lanes), first)
@@ -125,31 +163,36 @@ def hc_pre_dx(
             token = hc_long(tile) * BLOCK_T
             t_mask = token + t_offs < tokens
             mask = t_mask[:, None] & c_mask[None, :]
-            mix_tile = mix_ptr + token * COUNT
             dp_mask = t_mask[:, None] & (m_offs < M)[None, :]
             dp = tl.load(dp_ptr + token * M + dp_offs, mask=dp_mask, other=0.0)
             dp_short = hc_round_tf32(dp) if DOT == "tf32" else dp
-            dss = tl.load(mix_tile + (COUNT - 1) * BLOCK_T + t_offs)
-            dx = ()
-            sums = ()
-            if dots_ptr is not None:
-                only_ptrs = du_ptr + token * width + t_offs[:, None] * width + c_offs[None, :]
-                only_du = tl.load(only_ptrs, mask=mask, other=0.0).to(tl.float32)
-                dots = tl.zeros([BLOCK_T, PAD_N], tl.float32)
+            dss = 2.0 * tl.load(dss_ptr + token + t_offs, mask=t_mask, other=0.0)
+            x_tiles = ()
             for j in tl.static_range(N):
                 x_ptrs = x_ptr + token * depth + j * width + rows
-                x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
-                sums = sums + (hc_dphi_parts(dphi[j], x_tile, dp, PARTS, DOT),)
-                part = tl.dot(dp_short, tl.trans(phi[j]), input_precision=DOT)
-                dx = dx + (part + dss[:, None] * x_tile.to(tl.float32),)
-                if dots_ptr is not None:
-                    dot = tl.sum(only_du * x_tile.to(tl.float32), axis=1)
-                    dots += tl.where(n_offs == j, dot[:, None], 0.0)
+                x_tiles = x_tiles + (tl.load(x_ptrs, mask=mask, other=0.0),)
             if dots_ptr is not None:
+                du_ptrs = du_ptr + token * width + t_offs[:, None] * width + c_offs[None, :]
+                only_du = tl.load(du_ptrs, mask=mask, other=0.0).to(tl.float32)
+                dots = ()
+                for j in tl.static_range(N):
+                    dots = dots + (tl.sum(only_du * x_tiles[j].to(tl.float32), axis=1),)
+                n_offs = tl.arange(0, PAD_N)
                 dots_ptrs = dots_ptr + (hc_long(piece) * tokens + token) * N
-                dots_mask = t_mask[:, None] & (n_offs < N)
-                tl.store(dots_ptrs + t_offs[:, None] * N + n_offs, dots, mask=dots_mask)
-            dphi = sums
+                dots_ptrs += t_offs[:, None] * N + n_offs[None, :]
+                dots_mask = t_mask[:, None] & (n_offs < N)[None, :]
+                tl.store(dots_ptrs, hc_together(dots, N), mask=dots_mask)
+            dx = ()
+            sums = ()
+            if TOGETHER:
+                parts = hc_turn_back(dp_short, phi, N, DOT)
+            for j in tl.static_range(N):
+                if TOGETHER:
+                    part = parts[j]
+                else:
+                    sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
+                    part = tl.dot(dp_short, tl.trans(phi[j]), input_precision=DOT)
+                dx = dx + (part + dss[:, None] * x_tiles[j].to(tl.float32),)
             for v in tl.static_range(V):
                 if dots_ptr is None:
                     du_offs = t_offs[:, None] * (V * width) + v * width + c_offs[None, :]
@@ -157,16 +200,22 @@ def hc_pre_dx(
                     du_tile = tl.load(du_ptrs, mask=mask, other=0.0).to(tl.float32)
                 else:
                     du_tile = only_du
-                dx = hc_add_mixed(dx, du_tile, mix_tile + (MIXED + v * N) * BLOCK_T, N, BLOCK_T)
+                weight_ptr = pre_ptr + token * (V * N) + v * N
+                dx = hc_add_mixed(dx, du_tile, weight_ptr, t_offs, t_mask, V * N, N)
             if G > 0:
                 g_offs = t_offs[:, None] * (G * width) + c_offs[None, :]
                 for i in tl.static_range(G):
                     g_ptrs = g_ptr + token * (G * width) + i * width + g_offs
                     g_tile = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
-                    dx = hc_add_mixed(dx, g_tile, mix_tile + i * N * BLOCK_T, N, BLOCK_T)
+                    weight_ptr = res_ptr + token * (G * N) + i * N
+                    dx = hc_add_mixed(dx, g_tile, weight_ptr, t_offs, t_mask, G * N, N)
             for j in tl.static_range(N):
                 dx_ptrs = dx_ptr + token * depth + j * width + rows
                 tl.store(dx_ptrs, dx[j].to(dx_ptr.dtype.element_ty), mask=mask)
+            if TOGETHER:
+                for j in tl.static_range(N):
+                    sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
+            dphi = sums
         slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
         slot = tl.where(in_lane, lane, slot)
         slot_ptr = part_ptr + (hc_long(slot) * slices + piece) * (N * BLOCK_C * BLOCK_M)
@@ -223,7 +272,6 @@ def fused_dx(
     coefficients = phi.shape[0]
     tile = fused_tile(x, coefficients, precision)
     block_t = tile["BLOCK_T"]
-    mix = packed_mix(pre, dss, res, streams, views, g_rows, block_t)
     slices = cdiv(width, tile["BLOCK_C"])
     lanes, helpers = lanes_and_helpers(slices)
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
@@ -232,11 +280,12 @@ def fused_dx(
     launch(
         hc_pre_dx,
         (lanes * slices + helpers,),
-        *(x, du, g, phi, mix, dp, dx, sums, dots, tokens, width, lanes, helpers),
+        *(x, du, g, phi, pre, res, dp, dss, dx, sums, dots, tokens, width, lanes, helpers),
         N=streams,
         V=views,
         M=coefficients,
         G=g_rows,
+        TOGETHER=block_t == 64 and not with_dots,
         **tile,
     )
     dphi = torch.empty_like(phi)
@@ -258,10 +307,10 @@ def fused_dx(
 def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     """Tile of `fused_dx`: 64 tokens × 64 columns fill Hopper's tensor cores at bf16.
 
-    Its spills lie outside the loop over tokens. Half as many tokens do not spill but took 1.25 to
-    1.5 times as long on an H100, 16 warps 1.14 times, and 1.17 times with g an operand of a
-    product, so that it lies swizzled in shared memory, where its reads conflict. Before sm_90 and
-    where rows are not aligned, large tiles do spill inside.
+    Half as many tokens took 1.25 to 1.5 times as long on an H100, 16 warps 1.14 times, and 1.17
+    times with g an operand of a product, so that it lies swizzled in shared memory, where its
+    reads conflict; two streams stored at a time, with half the barriers, 1.04 times. Before sm_90
+    and where rows are not aligned, large tiles spill inside the loop over tokens.
     """
     half = x.dtype == torch.bfloat16
     old = generation(x.device) < 9

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from custom_ops.registration import INTERPRETED
 
+CHANGE = tl.constexpr(3)  # measured: 13 µs of pre_dx, whose tile of 64 × 64 takes 5
 PROGRAMS = 5 if INTERPRETED else 132  # at most: the streaming multiprocessors of an H100
 
 
@@ -33,9 +34,9 @@ def hc_long(value):
 
 @triton.jit
 def hc_lane_tiles(tiles, slices, lanes, helpers):
-    """Tiles that the lanes take; coming to another slice costs a helper about a tile."""
-    own = lanes * slices
-    share = (hc_long(tiles) + 1) * own // (own + helpers)
+    """Tiles that the lanes take; coming to another slice costs a helper CHANGE tiles."""
+    even = hc_long(tiles) * slices + CHANGE * (slices + helpers)
+    share = lanes * even // (lanes * slices + helpers)
     return tl.minimum(share, tiles).to(tl.int32)
 
 

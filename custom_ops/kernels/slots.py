@@ -89,6 +89,6 @@ def sum_slots(parts: torch.Tensor) -> torch.Tensor:
     """Σ_s parts_s, in a fixed order."""
     out = torch.empty_like(parts[0])
     total = out.numel()
-    grid = (cdiv(total, 512),)
-    launch(hc_sum_slots, grid, parts, out, total, parts.shape[0], BLOCK=512, num_warps=4)
+    grid = (cdiv(total, 128),)
+    launch(hc_sum_slots, grid, parts, out, total, parts.shape[0], BLOCK=128, num_warps=4)
     return out
