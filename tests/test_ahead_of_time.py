@@ -20,27 +20,28 @@ RUNS = {
     (100, "main"): 20,
 }
 # Bytes of stack: (capability, kernel, case) -> upper bound. On sm_90 pre_dx spills outside its
-# loop over tokens; tiles without spills took 1.25 times as long on an H100. Others: not measured.
+# loop over tokens, and only where it makes ⟨du, x⟩ too or its rows are not bf16 and aligned;
+# tiles without spills took 1.25 times as long on an H100. Others: not measured.
 ALLOWED: dict[tuple[int, str, str], int] = {
-    (80, "hc_pre_dx", "bf16"): 80,
-    (90, "hc_pre_dx", "bf16"): 72,
-    (90, "hc_pre_dx", "fp16"): 16,
-    (90, "hc_pre_dx", "fp32"): 16,
-    (90, "hc_pre_dx", "odd width"): 408,
+    (80, "hc_pre_dx", "bf16"): 168,
+    (90, "hc_pre_dx", "bf16"): 56,
+    (90, "hc_pre_dx", "fp16"): 24,
+    (90, "hc_pre_dx", "fp32"): 32,
+    (90, "hc_pre_dx", "odd width"): 464,
     (90, "hc_pre_dx_wide", "n=16"): 336,
-    (90, "hc_post_project", "n=4"): 24,
     (90, "hc_project", "n=16"): 8,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
-    (100, "hc_pre_dx", "bf16"): 48,
+    (100, "hc_pre_dx", "bf16"): 56,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # what 3.6 takes instead
     ALLOWED |= {
-        (80, "hc_pre_dx", "bf16"): 88,
         (80, "hc_constrain_backward_kernel", "ortho n=8"): 40,
-        (90, "hc_pre_dx", "odd width"): 600,
+        (90, "hc_pre_dx", "bf16"): 64,
+        (90, "hc_pre_dx", "odd width"): 680,
+        (100, "hc_pre_dx", "bf16"): 64,
     }
 # Registers a thread of a kernel whose programs must all be resident at once.
 RESIDENT = {"hc_aggregate_norm_backward": 128}
