@@ -12,9 +12,9 @@ slice by slice:
     tile 3   helper 0  helper 0  helper 1   ◀ hc_lane_tiles
     tile 4   helper 0  helper 1  helper 1
 
-Which program takes what depends on the shape alone. `hc_pre_dx` on an H100, bf16, n = 4, with
-helpers and without: 8192×2560 (12 helpers) 236 and 244 µs, 4096×7168 (20) 327 and 341, 32768×1280
-(12) 446 and 470; 16384×4096 (4) 699 and 684, so few of them are left idle.
+Which program takes what depends on the shape alone. `pre_dx` on an H100, bf16, n = 4, with helpers
+and without: 4096×7168 (20 helpers) 290 and 306 µs, 8192×2560 (12) 221 and 217, 32768×1280 (12) 433
+and 415, so few of them are left idle.
 """
 
 import triton
@@ -58,4 +58,4 @@ def lanes_and_helpers(slices):
     """How many lanes and helpers there are for so many slices."""
     lanes = PROGRAMS // slices
     helpers = PROGRAMS - lanes * slices
-    return lanes, helpers if helpers * 16 > PROGRAMS else 0
+    return lanes, helpers if helpers * 8 > PROGRAMS else 0
