@@ -188,10 +188,12 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         for name in args.tables:
             for records in benches[name]:
                 data[name] += records
+                late = time.perf_counter() > ends
+                if late:
+                    data["failed"][f"what follows in table {name}"] = "out of time"
                 if args.json:
                     args.json.write_text(json.dumps(data, indent=1) + "\n")
-                if time.perf_counter() > ends:
-                    data["failed"][f"what follows in table {name}"] = "out of time"
+                if late:
                     break
     return data
 
