@@ -33,6 +33,15 @@ def test_every_table_is_recorded(recorded):
     assert recorded.with_suffix(".png").stat().st_size > 0
 
 
+def test_a_run_that_ends_early_says_so_in_its_file(tmp_path):
+    file = tmp_path / "small.json"
+    options = ["--device", "cpu", "--tables", "small", "--seconds", "0", "--json", str(file)]
+    assert main(options) == 0
+    data = json.loads(file.read_text())
+    assert data["failed"] == {"what follows in table small": "out of time"}
+    assert len({r["op"] for r in data["small"]}) == 1
+
+
 def test_floor_follows_from_the_recorded_traffic(recorded):
     data = json.loads(recorded.read_text())
     for r in data["ops"]:
