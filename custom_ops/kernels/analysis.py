@@ -35,7 +35,8 @@ class Remembered:
             return self.analysis(kernel, kwargs, tma_descriptor_metadata)
         constants = {p.name for p in function.params if p.is_constexpr}  # type: ignore[union-attr]
         kinds = ((name, _kind(v, name in constants)) for name, v in sorted(kwargs.items()))
-        chosen = str([config.kwargs for config in getattr(kernel, "configs", ())])
+        configs = getattr(kernel, "configs", ())  # one without keywords decides nothing
+        chosen = str([config.kwargs for config in configs if config.kwargs])
         key = (function, chosen, tuple(kinds))
         if key not in self.answers:
             self.answers[key] = self.analysis(kernel, kwargs, tma_descriptor_metadata)

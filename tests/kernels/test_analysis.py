@@ -8,6 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+
 from custom_ops.kernels.aggregate import hc_aggregate
 from custom_ops.kernels.analysis import Remembered
 from custom_ops.kernels.post import hc_post
@@ -42,6 +44,15 @@ def test_equal_questions_are_asked_once():
     assert first == again == [[k + 1] for k in range(len(different))]
     assert remembered(hc_post, arguments(tokens=64), {}) == first[0]  # another multiple of 16
     assert remembered(hc_aggregate, arguments(), {}) not in first
+
+
+def test_tracing_and_lowering_ask_the_same_question():
+    """Tracing asks about an Autotuner of one empty config, lowering about the kernel itself."""
+    remembered = Remembered(Analysis())
+    wrapped = triton.autotune([triton.Config({})], key=[])(hc_post)
+    assert remembered(wrapped, arguments(), {}) == remembered(hc_post, arguments(), {})
+    chosen = triton.autotune([triton.Config({"BLOCK_C": 64})], key=[])(hc_post)
+    assert remembered(chosen, arguments(), {}) != remembered(hc_post, arguments(), {})
 
 
 def test_other_kernels_are_asked_every_time():
