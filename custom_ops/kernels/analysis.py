@@ -5,13 +5,11 @@ which arguments the kernel writes, and finds out by building the kernel's IR aga
 boundaries forward and backward took 11.7 s without this, 10.1 of them in 116 such analyses, and
 2.9 s with it; sixteen boundaries take 6.4 s (fake CUDA tensors on a loaded two-core CPU, torch
 2.11.0). The answer depends on the kernel, its constants and the types of its arguments alone, so
-it is kept, for kernels of this project only. Inductor, too, collects a kernel's source and that of
-all it calls again for every launch, to name the graph in its caches. torch has no public hook for
-either; where the private one is missing, nothing is done.
+it is kept, for kernels of this project only. torch has no public hook for it; where the private
+one is missing, nothing is done.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -19,8 +17,6 @@ import torch
 from torch._higher_order_ops import triton_kernel_wrap
 
 ANALYSES = ("identify_mutated_tensors", "identify_accessed_tensors")  # torch 2.11, 2.13
-INDUCTOR = "torch._inductor.codegen.wrapper"
-SOURCES = "user_defined_triton_kernel_transitive_closure_source_code"
 OURS = "custom_ops.kernels."
 
 
@@ -34,7 +30,6 @@ class Remembered:
     def __call__(self, kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
         function = getattr(kernel, "fn", None)  # of the Autotuner that torch puts around a launch
         function = kernel if hasattr(kernel, "params") else function
-        remember_sources()
         ours = getattr(function, "__module__", "").startswith(OURS)
         if not ours or tma_descriptor_metadata or len(getattr(kernel, "configs", ())) > 1:
             return self.analysis(kernel, kwargs, tma_descriptor_metadata)
@@ -46,29 +41,6 @@ class Remembered:
         if key not in self.answers:
             self.answers[key] = self.analysis(kernel, kwargs, tma_descriptor_metadata)
         return self.answers[key]
-
-
-class RememberedSources:
-    """Inductor's source of a kernel with all it calls, collected once for kernels of ours."""
-
-    def __init__(self, collect: Callable):
-        self.collect = collect
-        self.sources: dict[Any, str] = {}
-
-    def __call__(self, kernel: Any, *others: Any, **options: Any) -> str:
-        if others or options or not getattr(kernel, "__module__", "").startswith(OURS):
-            return self.collect(kernel, *others, **options)
-        if kernel not in self.sources:
-            self.sources[kernel] = self.collect(kernel)
-        return self.sources[kernel]
-
-
-def remember_sources() -> None:
-    """Keep the sources of our kernels from now on, once Inductor is there."""
-    module = sys.modules.get(INDUCTOR)
-    found = getattr(module, SOURCES, None)
-    if found is not None and not isinstance(found, RememberedSources):
-        setattr(module, SOURCES, RememberedSources(found))
 
 
 def _kind(value: Any, constant: bool) -> Hashable:

@@ -11,80 +11,17 @@ import triton
 import triton.language as tl
 
 from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
+from custom_ops.kernels.pre_dx_parts import (
+    hc_add_mixed,
+    hc_dphi_parts,
+    hc_phi_together,
+    hc_turn_back,
+)
 from custom_ops.kernels.pre_wide import hc_round_tf32
 from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share, lanes_and_helpers
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
-from custom_ops.kernels.together import hc_apart, hc_together
-
-
-@triton.jit
-def hc_dphi_parts(dphi, x_tile, dp, PARTS: tl.constexpr, DOT: tl.constexpr):
-    """dφᵀ + xᵀdp of one tile of tokens.
-
-    The tile's product leaves the tensor cores, which truncate as they add, before it joins the
-    long sum. dp enters as 2 (16 bits) or 3 (24 bits) bf16 parts, or as fp32.
-    """
-    if PARTS == 1:
-        product = tl.dot(tl.trans(x_tile.to(tl.float32)), dp, input_precision=DOT)
-    else:
-        hi = dp.to(tl.bfloat16)
-        rest = dp - hi.to(tl.float32)
-        mid = rest.to(tl.bfloat16)
-        # Eights of hi and mid alternate, as columns do in the registers of a product.
-        EIGHTS: tl.constexpr = dp.shape[1] // 8
-        halves = tl.reshape(tl.join(hi, mid), [dp.shape[0], EIGHTS, 8, 2])
-        halves = tl.reshape(tl.trans(halves, (0, 1, 3, 2)), [dp.shape[0], 2 * dp.shape[1]])
-        turned = tl.trans(x_tile)
-        product = tl.reshape(tl.dot(turned, halves), [x_tile.shape[1], EIGHTS, 2, 8])
-        product = tl.reshape(tl.sum(product, axis=2), [x_tile.shape[1], dp.shape[1]])
-        if PARTS == 3:
-            low = ((rest - mid.to(tl.float32)) * 65536.0).to(tl.bfloat16)
-            product += tl.dot(turned, low) * (1.0 / 65536.0)  # scaled: not the dot's accumulator
-    return dphi + product
-
-
-@triton.jit
-def hc_phi_columns(phi_ptr, c_first, width, m_offs, M: tl.constexpr, N: tl.constexpr,
-                   C: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """C columns of φ of N streams (3 are padded to 4), [PAD_N·C, BLOCK_M], half a slice in turn.
-
-    A product with them is N tiles [T, C] whose registers lie as those of one such product.
-    """
-    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
-    HALF: tl.constexpr = C // 2
-    offs = tl.arange(0, PAD_N * C)
-    streams = offs // HALF % PAD_N
-    c_offs = c_first + offs // (PAD_N * HALF) * HALF + offs % HALF
-    mask = ((streams < N) & (c_offs < width))[:, None] & (m_offs < M)[None, :]
-    rows = m_offs[None, :].to(tl.int64) * (N * width)
-    phi = tl.load(phi_ptr + rows + (streams * width + c_offs)[:, None], mask=mask, other=0.0)
-    return hc_round_tf32(phi) if DOT == "tf32" else phi
-
-
-@triton.jit
-def hc_turn_back(dp, phi, N: tl.constexpr, DOT: tl.constexpr):
-    """φᵀdp of N streams, a tile [T, C] each, from `hc_phi_columns`."""
-    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
-    HALF: tl.constexpr = phi.shape[0] // (2 * PAD_N)
-    product = tl.dot(dp, tl.trans(phi), input_precision=DOT)
-    product = tl.reshape(product, [dp.shape[0], 2, PAD_N, HALF])
-    product = tl.trans(product, (0, 1, 3, 2))
-    return hc_apart(tl.reshape(product, [dp.shape[0], 2 * HALF, PAD_N]))
-
-
-@triton.jit
-def hc_add_mixed(dx, tile, rows_ptr, t_offs, t_mask, stride: tl.constexpr, N: tl.constexpr):
-    """dx_j + w_j · tile for every stream j; a token's N weights w lie side by side."""
-    PAD_N: tl.constexpr = N + N // 3 * (4 - N)
-    n_offs = tl.arange(0, PAD_N)
-    mask = t_mask[:, None] if PAD_N == N else t_mask[:, None] & (n_offs < N)[None, :]
-    row_ptrs = rows_ptr + t_offs[:, None] * stride + n_offs[None, :]
-    weights = hc_apart(tl.load(row_ptrs, mask=mask, other=0.0))
-    out = ()
-    for j in tl.static_range(N):
-        out = out + (dx[j] + weights[j][:, None] * tile,)
-    return out
+from custom_ops.kernels.together import hc_together
 
 
 @triton.jit(do_not_specialize=["tokens", "lanes", "helpers"])
@@ -105,6 +42,7 @@ def hc_pre_dx(
     lanes,
     helpers,
     N: tl.constexpr,
+    PAD_N: tl.constexpr,
     V: tl.constexpr,
     M: tl.constexpr,
     G: tl.constexpr,
@@ -133,7 +71,6 @@ def hc_pre_dx(
     depth = N * width
     m_offs = tl.arange(0, BLOCK_M)
     t_offs = tl.arange(0, BLOCK_T)
-    PAD_N: tl.constexpr = N + N // 3 * (4 - N)  # N ≤ 4, to a power of two
     dp_offs = t_offs[:, None] * M + m_offs[None, :]
     in_lane = helper < 0
     first_piece = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
@@ -146,7 +83,8 @@ def hc_pre_dx(
         for _ in tl.static_range(N):
             dphi = dphi + (tl.zeros([BLOCK_C, BLOCK_M], tl.float32),)
         if TOGETHER:
-            phi = hc_phi_columns(phi_ptr, piece * BLOCK_C, width, m_offs, M, N, BLOCK_C, DOT)
+            first_column = piece * BLOCK_C
+            phi = hc_phi_together(phi_ptr, first_column, width, m_offs, M, N, PAD_N, BLOCK_C, DOT)
         else:
             phi = ()
             phi_mask = c_mask[:, None] & (m_offs < M)[None, :]
@@ -185,7 +123,7 @@ def hc_pre_dx(
             dx = ()
             sums = ()
             if TOGETHER:
-                parts = hc_turn_back(dp_short, phi, N, DOT)
+                parts = hc_turn_back(dp_short, phi, PAD_N, DOT)
             for j in tl.static_range(N):
                 if TOGETHER:
                     part = parts[j]
@@ -201,14 +139,14 @@ def hc_pre_dx(
                 else:
                     du_tile = only_du
                 weight_ptr = pre_ptr + token * (V * N) + v * N
-                dx = hc_add_mixed(dx, du_tile, weight_ptr, t_offs, t_mask, V * N, N)
+                dx = hc_add_mixed(dx, du_tile, weight_ptr, t_offs, t_mask, V * N, N, PAD_N)
             if G > 0:
                 g_offs = t_offs[:, None] * (G * width) + c_offs[None, :]
                 for i in tl.static_range(G):
                     g_ptrs = g_ptr + token * (G * width) + i * width + g_offs
                     g_tile = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32)
                     weight_ptr = res_ptr + token * (G * N) + i * N
-                    dx = hc_add_mixed(dx, g_tile, weight_ptr, t_offs, t_mask, G * N, N)
+                    dx = hc_add_mixed(dx, g_tile, weight_ptr, t_offs, t_mask, G * N, N, PAD_N)
             for j in tl.static_range(N):
                 dx_ptrs = dx_ptr + token * depth + j * width + rows
                 tl.store(dx_ptrs, dx[j].to(dx_ptr.dtype.element_ty), mask=mask)
@@ -270,7 +208,7 @@ def fused_dx(
     """dx, written; dφ and ⟨du, x⟩ [T, n] if asked, returned; the arguments are `pre_dx`'s."""
     tokens, (streams, width) = tokens_of(x), x.shape[-2:]
     coefficients = phi.shape[0]
-    tile = fused_tile(x, coefficients, precision)
+    tile = fused_tile(x, coefficients, precision, with_dots)
     block_t = tile["BLOCK_T"]
     slices = cdiv(width, tile["BLOCK_C"])
     lanes, helpers = lanes_and_helpers(slices)
@@ -282,10 +220,10 @@ def fused_dx(
         (lanes * slices + helpers,),
         *(x, du, g, phi, pre, res, dp, dss, dx, sums, dots, tokens, width, lanes, helpers),
         N=streams,
+        PAD_N=padded(streams),
         V=views,
         M=coefficients,
         G=g_rows,
-        TOGETHER=block_t == 64 and not with_dots,
         **tile,
     )
     dphi = torch.empty_like(phi)
@@ -304,13 +242,14 @@ def fused_dx(
     return dphi, None if dots is None else sum_slots(dots)
 
 
-def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
+def fused_tile(x: torch.Tensor, coefficients: int, precision: str, with_dots: bool) -> dict:
     """Tile of `fused_dx`: 64 tokens × 64 columns fill Hopper's tensor cores at bf16.
 
     Half as many tokens took 1.25 to 1.5 times as long on an H100, 16 warps 1.14 times, and 1.17
     times with g an operand of a product, so that it lies swizzled in shared memory, where its
-    reads conflict; two streams stored at a time, with half the barriers, 1.04 times. Before sm_90
-    and where rows are not aligned, large tiles spill inside the loop over tokens.
+    reads conflict; two streams stored at a time, with half the barriers, up to 1.05 times. Before
+    sm_90 and where rows are not aligned, large tiles spill inside the loop over tokens. φᵀdp of
+    all streams at once takes registers that small tiles and ⟨du, x⟩ leave no room for.
     """
     half = x.dtype == torch.bfloat16
     old = generation(x.device) < 9
@@ -318,6 +257,7 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str) -> dict:
     return {
         "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
         "DOT": "tf32" if half else "tf32x3",
+        "TOGETHER": large and not with_dots,
         "BLOCK_T": 64 if large else 32 if half else 16,
         "BLOCK_M": max(16, padded(coefficients)),
         "BLOCK_C": 64 if large else 32,

@@ -11,13 +11,7 @@ pytest.importorskip("triton")
 import triton
 
 from custom_ops.kernels.aggregate import hc_aggregate
-from custom_ops.kernels.analysis import (
-    INDUCTOR,
-    SOURCES,
-    Remembered,
-    RememberedSources,
-    remember_sources,
-)
+from custom_ops.kernels.analysis import Remembered
 from custom_ops.kernels.post import hc_post
 
 
@@ -68,19 +62,6 @@ def test_other_kernels_are_asked_every_time():
     remembered = Remembered(Analysis())
     assert remembered(foreign, arguments(), {}) != remembered(foreign, arguments(), {})
     assert remembered(hc_post, arguments(), {"x": 1}) != remembered(hc_post, arguments(), {"x": 1})
-
-
-def test_sources_are_collected_once_and_whole():
-    wrapper = pytest.importorskip(INDUCTOR)
-    if not hasattr(wrapper, SOURCES):
-        pytest.skip("this torch collects them elsewhere")
-    remember_sources()
-    collect = getattr(wrapper, SOURCES)
-    assert isinstance(collect, RememberedSources)
-    assert collect(hc_post) is collect(hc_post)
-    assert collect(hc_post) == collect.collect(hc_post) != collect(hc_aggregate)
-    remember_sources()
-    assert getattr(wrapper, SOURCES) is collect  # not wrapped twice
 
 
 TRACE = """

@@ -15,9 +15,9 @@ A, B = 4, 8
 
 
 @triton.jit
-def place(source_ptr, row_ptr, back_ptr, N: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+def place(source_ptr, row_ptr, back_ptr, N: tl.constexpr, PAD: tl.constexpr, A: tl.constexpr,
+          B: tl.constexpr):  # fmt: skip
     """N tiles [A, B] one after another -> a row [A, PAD·B], and each tile times its number + 1."""
-    PAD: tl.constexpr = N + N // 3 * (4 - N)
     offs = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
     tiles = ()
     for i in tl.static_range(N):
@@ -30,9 +30,9 @@ def place(source_ptr, row_ptr, back_ptr, N: tl.constexpr, A: tl.constexpr, B: tl
 
 
 @triton.jit
-def place_lines(source_ptr, rows_ptr, back_ptr, N: tl.constexpr, A: tl.constexpr):
+def place_lines(source_ptr, rows_ptr, back_ptr, N: tl.constexpr, PAD: tl.constexpr,
+                A: tl.constexpr):  # fmt: skip
     """The same of lines [A]: rows [A, PAD]."""
-    PAD: tl.constexpr = N + N // 3 * (4 - N)
     offs = tl.arange(0, A)
     lines = ()
     for i in tl.static_range(N):
@@ -50,7 +50,7 @@ def test_tiles(n):
     source = torch.randn(n, A, B)
     pad = 4 if n == 3 else n
     row, back = torch.full((A, pad, B), torch.nan), torch.full((n, A, B), torch.nan)
-    place[(1,)](source, row, back, n, A, B)
+    place[(1,)](source, row, back, n, pad, A, B)
     want = torch.zeros(A, pad, B)
     want[:, :n] = source.transpose(0, 1)
     assert torch.equal(row, want)
@@ -63,7 +63,7 @@ def test_lines(n):
     source = torch.randn(n, A)
     pad = 4 if n == 3 else n
     rows, back = torch.full((A, pad), torch.nan), torch.full((n, A), torch.nan)
-    place_lines[(1,)](source, rows, back, n, A)
+    place_lines[(1,)](source, rows, back, n, pad, A)
     want = torch.zeros(A, pad)
     want[:, :n] = source.T
     assert torch.equal(rows, want)
