@@ -93,8 +93,8 @@ def capture_graph(call: Call, calls: int = 1, warmup: int = 3) -> torch.cuda.CUD
 def graph_ms(call: Call, device: str, effort: Effort = Effort()) -> float:
     """Median of a call within a CUDA graph, as it runs within a model's.
 
-    The start of a graph takes 5 to 10 µs, so a short call is repeated in it; what fits L2 is then
-    found there by all but the first.
+    The start of a graph takes some microseconds, so a short call is repeated in it; what fits L2
+    is then found there by all but the first.
     """
     once = median_ms(capture_graph(call).replay, device, effort)
     calls = repeats(once)
