@@ -12,6 +12,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -108,6 +109,14 @@ def streams(n, dtype=torch.bfloat16, width=2560, views=1, branches=1, coefficien
     pre_backward.project_backward(dp, dss, x, phi)
 
 
+def swift():
+    """The kernels of 4 streams again, of which those differ that know a faster memory."""
+    from custom_ops.kernels import pre_dx
+
+    with patch.object(pre_dx, "memory_speed", return_value=4.9e12):
+        streams(4)
+
+
 def boundary(n, width=2560, dtype=torch.bfloat16):
     """The kernels of a fused boundary's forward, and of a read with its norm."""
     from custom_ops.kernels import aggregate_norm, post_pre
@@ -162,6 +171,7 @@ GROUPS = {
         "fp16": partial(streams, 4, torch.float16),
         "odd width": partial(streams, 4, width=5129),
         "two views": partial(streams, 4, views=2, branches=2),
+        "bf16 swift": swift,
     },
     "others": {
         "n=2": partial(streams, 2),

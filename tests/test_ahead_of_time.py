@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 # (capability, group): least number of different kernels it compiles
 RUNS = {
-    (90, "four"): 45,
+    (90, "four"): 49,
     (90, "others"): 45,
     (90, "coefficients"): 30,
     (90, "boundary"): 21,
@@ -20,28 +20,24 @@ RUNS = {
     (100, "main"): 20,
 }
 # Bytes of stack: (capability, kernel, case) -> upper bound. On sm_90 pre_dx spills outside its
-# loop over tokens, and only where it makes ⟨du, x⟩ too or its rows are not bf16 and aligned;
-# tiles without spills took 1.25 times as long on an H100. Others: not measured.
+# loop over tokens, but for odd widths. Others: not measured.
 ALLOWED: dict[tuple[int, str, str], int] = {
-    (80, "hc_pre_dx", "bf16"): 168,
-    (90, "hc_pre_dx", "bf16"): 56,
-    (90, "hc_pre_dx", "fp16"): 24,
-    (90, "hc_pre_dx", "fp32"): 32,
-    (90, "hc_pre_dx", "odd width"): 464,
+    (90, "hc_pre_dx", "fp16"): 8,
+    (90, "hc_pre_dx", "fp32"): 8,
+    (90, "hc_pre_dx", "odd width"): 128,
     (90, "hc_pre_dx_wide", "n=16"): 336,
     (90, "hc_project", "n=16"): 8,
     (90, "hc_constrain_backward_kernel", "ortho n=8"): 16,
     (90, "hc_newton_schulz_backward_kernel", "matrices n=8"): 16,
-    (100, "hc_pre_dx", "bf16"): 56,
+    (100, "hc_pre_dx", "bf16"): 72,
     (100, "hc_constrain_backward_kernel", "ortho n=8"): 24,
     (100, "hc_post_backward", "n=8"): 288,
 }
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # what 3.6 takes instead
     ALLOWED |= {
         (80, "hc_constrain_backward_kernel", "ortho n=8"): 40,
-        (90, "hc_pre_dx", "bf16"): 64,
-        (90, "hc_pre_dx", "odd width"): 680,
-        (100, "hc_pre_dx", "bf16"): 64,
+        (90, "hc_pre_dx", "bf16"): 8,
+        (90, "hc_pre_dx", "bf16 swift"): 24,
     }
 # Registers a thread of a kernel whose programs must all be resident at once.
 RESIDENT = {"hc_aggregate_norm_backward": 128}

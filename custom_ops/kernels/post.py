@@ -76,8 +76,11 @@ def hc_post_backward(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One token of one branch output; the OUT · (IN + 1) inner products stay in registers."""
-    token = tl.program_id(0).to(tl.int64)
+    """One token of one branch output; the OUT · (IN + 1) inner products stay in registers.
+
+    The last tokens come first: of those L2 still holds g, which `pre_dx` wrote.
+    """
+    token = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     column_offs = tl.arange(0, BLOCK_C)
     LANES: tl.constexpr = BLOCK_C // GROUP
     dots = ()

@@ -10,7 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from custom_ops.kernels.launch import INTERPRETED, cdiv, generation, launch, tokens_of
+from custom_ops.kernels.launch import (
+    INTERPRETED,
+    cdiv,
+    generation,
+    launch,
+    memory_speed,
+    tokens_of,
+)
 from custom_ops.kernels.pre_dx_parts import (
     hc_add_mixed,
     hc_dphi_parts,
@@ -22,6 +29,8 @@ from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
 from custom_ops.kernels.together import hc_together
+
+SWIFT = 4e12  # bytes a second of a memory that bank conflicts would hold back
 
 
 @triton.jit(do_not_specialize=["tokens", "lanes", "helpers"])
@@ -49,6 +58,7 @@ def hc_pre_dx(
     PARTS: tl.constexpr,
     DOT: tl.constexpr,
     TOGETHER: tl.constexpr,
+    AGAIN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -57,8 +67,10 @@ def hc_pre_dx(
     """dx on this program's share of the work, and the sums of dφ over it, one slot a slice.
 
     With dots_ptr (of a single view) also every slice's share of ⟨du, x_j⟩. If TOGETHER, φᵀdp of
-    all streams is one product and dφ comes after dx, else both are made stream by stream.
+    all streams is one product. If AGAIN, dp is read once for each of its two products: one copy
+    can't lie so in shared memory that both read it without bank conflicts.
     """
+    EARLY: tl.constexpr = BLOCK_T < 64  # dφ before dx: after it, small tiles spill
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
     lane = tl.program_id(0) // slices
@@ -94,16 +106,25 @@ def hc_pre_dx(
                 phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
         first = early + tl.maximum(begin - piece * span, 0)
         last = early + tl.minimum(end - piece * span, span)
-        first = tl.where(in_lane, hc_share(lane, early, lanes), first)
-        last = tl.where(in_lane, hc_share(lane + 1, early, lanes), last)
+        first = tl.where(in_lane, lane, first)
+        last = tl.where(in_lane, early, last)
+        step = tl.where(in_lane, lanes, 1)  # a step that varies also saves registers: no spills
         rows = t_offs[:, None] * depth + c_offs[None, :]
-        for tile in tl.range(first, last, num_stages=STAGES):
+        for tile in tl.range(first, last, step, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
             t_mask = token + t_offs < tokens
             mask = t_mask[:, None] & c_mask[None, :]
             dp_mask = t_mask[:, None] & (m_offs < M)[None, :]
             dp = tl.load(dp_ptr + token * M + dp_offs, mask=dp_mask, other=0.0)
-            dp_short = hc_round_tf32(dp) if DOT == "tf32" else dp
+            operand = dp
+            if AGAIN:  # the policy keeps the compiler from making one load of two
+                operand = tl.load(
+                    dp_ptr + token * M + dp_offs,
+                    mask=dp_mask,
+                    other=0.0,
+                    eviction_policy="evict_first",
+                )
+            dp_short = hc_round_tf32(operand) if DOT == "tf32" else operand
             dss = 2.0 * tl.load(dss_ptr + token + t_offs, mask=t_mask, other=0.0)
             x_tiles = ()
             for j in tl.static_range(N):
@@ -128,7 +149,8 @@ def hc_pre_dx(
                 if TOGETHER:
                     part = parts[j]
                 else:
-                    sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
+                    if EARLY:
+                        sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
                     part = tl.dot(dp_short, tl.trans(phi[j]), input_precision=DOT)
                 dx = dx + (part + dss[:, None] * x_tiles[j].to(tl.float32),)
             for v in tl.static_range(V):
@@ -150,7 +172,7 @@ def hc_pre_dx(
             for j in tl.static_range(N):
                 dx_ptrs = dx_ptr + token * depth + j * width + rows
                 tl.store(dx_ptrs, dx[j].to(dx_ptr.dtype.element_ty), mask=mask)
-            if TOGETHER:
+            if not EARLY:
                 for j in tl.static_range(N):
                     sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
             dphi = sums
@@ -248,16 +270,22 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str, with_dots: bo
     Half as many tokens took 1.25 to 1.5 times as long on an H100, 16 warps 1.14 times, and 1.17
     times with g an operand of a product, so that it lies swizzled in shared memory, where its
     reads conflict; two streams stored at a time, with half the barriers, up to 1.05 times. Before
-    sm_90 and where rows are not aligned, large tiles spill inside the loop over tokens. φᵀdp of
-    all streams at once takes registers that small tiles and ⟨du, x⟩ leave no room for.
+    sm_90 and where rows are not aligned, large tiles spill inside the loop over tokens.
+
+    φᵀdp of all streams at once takes registers that small tiles and ⟨du, x⟩ leave no room for. It
+    leaves bank conflicts, too, which an H100's memory hides and that of an H200 does not: a
+    product a stream and dp read AGAIN take 0.70 to 0.74 times as long there, with ⟨du, x⟩ 0.87 to
+    0.89, but on the H100, whose memory then gives less, 1.06 to 1.09 times.
     """
     half = x.dtype == torch.bfloat16
-    old = generation(x.device) < 9
-    large = half and not old and x.shape[-1] % 8 == 0
+    chip = generation(x.device)
+    large = half and chip >= 9 and x.shape[-1] % 8 == 0
+    swift = large and chip == 9 and memory_speed(x.device) > SWIFT
     return {
         "PARTS": 1 if not half or INTERPRETED else 3 if precision == "ieee" else 2,
         "DOT": "tf32" if half else "tf32x3",
-        "TOGETHER": large and not with_dots,
+        "TOGETHER": large and not with_dots and not swift,
+        "AGAIN": swift,
         "BLOCK_T": 64 if large else 32 if half else 16,
         "BLOCK_M": max(16, padded(coefficients)),
         "BLOCK_C": 64 if large else 32,

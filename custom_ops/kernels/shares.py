@@ -1,14 +1,14 @@
 """Slices of columns × tiles of tokens, dealt out evenly to one program a multiprocessor.
 
 A program keeps to a slice while it walks tokens. As many whole lanes of programs as the device
-holds, a program a slice, share the first tiles; neighbours are then at the same tokens and read
-whole rows of memory. Where many programs are left over, they are helpers and share the last tiles,
-slice by slice:
+holds, a program a slice, take turns at the first tiles; neighbours are then at the same tokens and
+read whole rows of memory. Where many programs are left over, they are helpers and share the last
+tiles, slice by slice:
 
              slice 0   slice 1   slice 2
     tile 0   lane 0    lane 0    lane 0
-    tile 1   lane 0    lane 0    lane 0
-    tile 2   lane 1    lane 1    lane 1
+    tile 1   lane 1    lane 1    lane 1
+    tile 2   lane 0    lane 0    lane 0
     tile 3   helper 0  helper 0  helper 1   ◀ hc_lane_tiles
     tile 4   helper 0  helper 1  helper 1
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from custom_ops.kernels import pre_dx as dx_kernels
 from custom_ops.kernels import slots
 from custom_ops.kernels.pre_backward import pre_dx, project_backward
 from custom_ops.kernels.project import PRECISIONS, project
@@ -84,6 +85,25 @@ def test_pre_dx(shape, views, dtype):
         check_sublayer(case, made, slack=slack)
 
 
+SPEEDS = pytest.mark.parametrize("speed", [3.35e12, 4.9e12], ids=["H100", "H200"])
+
+
+@SPEEDS
+@pytest.mark.parametrize("tokens", [1, 70] if INTERPRETED else [1, 70, 4500])
+@pytest.mark.parametrize("streams, width", [(1, 640), (2, 136), (3, 640), (4, 136)])
+def test_pre_dx_for_either_memory(streams, width, tokens, speed, monkeypatch):
+    """A faster memory gets a kernel of its own, on any device that is told so."""
+    monkeypatch.setattr(dx_kernels, "memory_speed", lambda device: speed)
+    case = Sublayer(tokens, streams, width, torch.bfloat16)
+    given = (case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
+    dx, dphi, _ = pre_dx(*given)
+    check_sublayer(case, {"dx": dx, "dphi": dphi}, slack=SPLIT)
+    dx, dphi, dots = pre_dx(*given, with_dots=True)
+    check_sublayer(case, {"dx": dx, "dphi": dphi, "dpre": dots.unsqueeze(1)}, slack=SPLIT)
+    dx, dphi = project_backward(case.dp, case.dss, case.x, case.phi)
+    check_sublayer(case, {"project_dx": dx, "dphi": dphi}, slack=SPLIT)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("streams", [1, 3, 4, 6])
 def test_pre_dx_of_one_cotangent(streams, dtype):
@@ -120,16 +140,18 @@ def test_a_token_does_not_see_the_others(width, dtype, monkeypatch):
 
 
 @on_gpu
+@SPEEDS
 @pytest.mark.parametrize("streams, width", [(4, 640), (8, 640), (16, 256), (4, 2560)])
 @pytest.mark.parametrize("tokens", [300, 4500])
-def test_bitwise_repeatable(tokens, streams, width):
+def test_bitwise_repeatable(tokens, streams, width, speed, monkeypatch):
     """Inputs small enough to stay in L2: an early copy over a buffer in use showed here."""
+    monkeypatch.setattr(dx_kernels, "memory_speed", lambda device: speed)
     case = Sublayer(tokens, streams, width, torch.bfloat16)
 
     def outputs():
         given = (case.x, case.du, case.pre, case.phi, case.dp, case.dss, case.g, case.res)
-        dx_dphi = pre_dx(*given, with_dots=True)
-        return (*project(case.x, case.phi), *dx_dphi)
+        made = (*pre_dx(*given, with_dots=True), *pre_dx(*given)[:2])
+        return (*project(case.x, case.phi), *made)
 
     first = outputs()
     for _ in range(200):
