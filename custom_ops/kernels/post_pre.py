@@ -61,7 +61,8 @@ def hc_post_project(
 ):
     """x' of BLOCK_T tokens over a slot of one of SPLITS spans of C, and its share of p and Σx'².
 
-    A span has one slot or one for each of its turns (see slots.py). With `carried` also
+    A span is every SPLITS-th block of columns, so that programs side by side read side by side;
+    it has one slot or one for each of its turns (see slots.py). With `carried` also
     u = Σ_i carried_i x'_i, so that x' is never read again. A turn has one product, of all streams
     side by side: several that add up make Triton change their layout in between.
     """
@@ -88,9 +89,9 @@ def hc_post_project(
     p = tl.zeros([BLOCK_M, BLOCK_T], tl.float32)
     squares = tl.zeros([BLOCK_T], tl.float32)
     turns = tl.cdiv(width, SPLITS * BLOCK_C)  # of a span
-    start = (place % SPLITS * turns + place // SPLITS) * BLOCK_C
-    end = tl.minimum(start + turns // slots * BLOCK_C, width)
-    for c in tl.range(start, end, BLOCK_C, num_stages=STAGES):
+    start = place * BLOCK_C
+    end = tl.minimum(start + turns // slots * (SPLITS * BLOCK_C), width)
+    for c in tl.range(start, end, SPLITS * BLOCK_C, num_stages=STAGES):
         c_mask = c + c_offs < width
         mask = t_mask[:, None] & c_mask[None, :]
         y_tile = tl.load(y_rows + c, mask=mask, other=0.0)
