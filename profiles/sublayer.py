@@ -79,6 +79,7 @@ WAYS: dict[str, Way] = {
     "ours, hc.compile, chain of 8": Way("ops", "fused", 8),
     "ours, v4.1, eager, chain of 4": Way("ops", None, 4, "mhc-v4.1"),
     "ours, v4.1, hc.compile, chain of 4": Way("ops", "fused", 4, "mhc-v4.1"),
+    "ours, v4.1, hc.compile, chain of 8": Way("ops", "fused", 8, "mhc-v4.1"),
 }
 
 
