@@ -273,9 +273,9 @@ def fused_tile(x: torch.Tensor, coefficients: int, precision: str, with_dots: bo
     sm_90 and where rows are not aligned, large tiles spill inside the loop over tokens.
 
     φᵀdp of all streams at once takes registers that small tiles and ⟨du, x⟩ leave no room for. It
-    leaves bank conflicts, too, which an H100's memory hides and that of an H200 does not: a
-    product a stream and dp read AGAIN take 0.70 to 0.74 times as long there, with ⟨du, x⟩ 0.87 to
-    0.89, but on the H100, whose memory then gives less, 1.06 to 1.09 times.
+    leaves bank conflicts, too, which hide behind an H100's memory but not behind an H200's: there
+    a product a stream and dp read AGAIN take 0.69 to 0.74 times as long (with ⟨du, x⟩ 0.87, 0.88).
+    On the H100, whose memory then gives less, they take 1.03 to 1.12 times.
     """
     half = x.dtype == torch.bfloat16
     chip = generation(x.device)
