@@ -4,7 +4,7 @@ x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if as
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
 of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
 is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u
-needs no second look at x': one pass, 2n + 2 forward; 5n + 3 backward.
+needs no second look at x': one pass, 2n + 2 forward; 5n + 3 backward (see ONE_PASS).
 """
 
 import torch
@@ -20,6 +20,9 @@ from custom_ops.registration import define, double_backward, use_triton
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
 FUSED_ALIGNMENT = 16  # other widths take narrow loads, whose addresses spill
+# Whether the backward is one pass over the streams where one_pass says it can: off, as it has
+# been compiled and interpreted, but neither tested nor timed on a GPU.
+ONE_PASS = False
 
 
 def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool:
@@ -36,6 +39,22 @@ def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool
         and c.precision == "bf16x2"
         and c.views == 1
         and 0 < c.total <= FUSED_COEFFICIENTS
+    )
+
+
+def one_pass(x: Tensor, y: Tensor, post, res, g, dghost: Tensor | None, c: Constraint) -> bool:
+    """Whether one kernel can do the backward: 4 streams on Hopper, and all of ∂x' from above."""
+    if not ONE_PASS or g is not None or dghost is None or dghost.stride(-2) == 0:
+        return False
+    from custom_ops.kernels.launch import generation
+
+    return (
+        fits(x, y, post, res, c)
+        and x.shape[-2] == c.streams == 4
+        and y.dtype == x.dtype
+        and x.shape[-1] % 64 == 0
+        and c.total > 16
+        and generation(x.device) == 9
     )
 
 
@@ -102,12 +121,48 @@ def backward(
     """
     parameters = (phi, alpha, bias, weight, shift, carried)
     saved = (next_pre, next_post, next_res, p, ss)
+    write = (x, y, post, res)
+    if has_ghost and one_pass(*write, g, dghost, parse(spec)):
+        at_once = _AtOnce(*write)
+        given = (du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec)
+        dx, *grads = pre_op.backward_by(at_once, *given)
+        return dx, *at_once.write_gradients, *grads  # type: ignore[return-value]
     total, *grads = pre_op.backward(
         du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec, g
     )
     dx, dy, dpost, dres = post_op.backward(total, x, y, post, res, not has_ghost)
     dx = total if has_ghost else dx
     return dx, dy, dpost, dres, *grads  # type: ignore[return-value]
+
+
+class _AtOnce:
+    """What forms ∂x' and, in the same pass, the gradients of the write that made x'."""
+
+    def __init__(self, x: Tensor, y: Tensor, post: Tensor, res: Tensor):
+        self.write = (x, y, post, res)
+        self.write_gradients: tuple[Tensor, ...] = ()
+
+    def __call__(self, _, du, pre, phi, dp, dss, g, mix, with_dots: bool, c: Constraint):
+        from custom_ops.kernels.boundary_backward import boundary_backward
+
+        x, y, post, res = self.write
+        dx, *made, dphi, dots = boundary_backward(
+            x.contiguous(),
+            y.contiguous(),
+            post.contiguous().float(),
+            res.contiguous().float(),
+            du.contiguous(),
+            g.contiguous(),
+            pre.contiguous().float(),
+            mix.contiguous().float(),
+            phi.float().contiguous(),
+            dp.contiguous(),
+            dss.contiguous(),
+            with_dots,
+        )
+        kinds = (y.dtype, post.dtype, res.dtype)
+        self.write_gradients = tuple(t.to(kind) for t, kind in zip(made, kinds, strict=True))
+        return dx, dphi.to(phi.dtype), dots
 
 
 def _fused_write(x, y, post, res, phi, alpha, bias, carried: Tensor | None, c: Constraint):

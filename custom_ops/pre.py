@@ -8,6 +8,8 @@ and the own pre is for the next. ∂x then waits for no ⟨du, x⟩, which the s
 C-units less.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,34 @@ def backward(
     g is the cotangent of the ghost, whose resᵀg belongs to ∂x. extra, what else ∂x consists of,
     is added in the same pass.
     """
+    parameters = (phi, alpha, bias, weight, shift, carried)
+    given = (du, dpre, dpost, dres, g, x, *parameters, pre, post, res, p, ss, spec, extra)
+    return backward_by(_form_dx, *given)
+
+
+def backward_by(
+    form_dx: Callable,
+    du: Tensor,
+    dpre: Tensor | None,
+    dpost: Tensor | None,
+    dres: Tensor | None,
+    g: Tensor | None,
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    carried: Tensor | None,
+    pre: Tensor,
+    post: Tensor,
+    res: Tensor,
+    p: Tensor,
+    ss: Tensor,
+    spec: str,
+    extra: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`backward` with something else in the place of _form_dx, of the same signature."""
     c = parse(spec)
     dweight, dshift = x.new_empty(0), x.new_empty(0)
     weights = pre if carried is None else carried
@@ -125,7 +155,7 @@ def backward(
     if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
         g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
     late = carried is not None and read is None  # ⟨du, x⟩, which then nothing waits for
-    dx, dphi, dots = _form_dx(x, du, pre_all, phi, dp, dss, g, res_all, late, c)
+    dx, dphi, dots = form_dx(x, du, pre_all, phi, dp, dss, g, res_all, late, c)
     dx = dx if extra is None else dx + extra
     dcarried = x.new_empty(0)
     if carried is not None:

@@ -133,6 +133,20 @@ def boundary(n, width=2560, dtype=torch.bfloat16):
     aggregate_norm.aggregate_norm_backward(y, x, post, y[0], True, True, 1e-6)
 
 
+def one_pass(width=2560):
+    """The backward of a boundary of 4 streams in one pass."""
+    from custom_ops.kernels import boundary_backward as kernels
+
+    def wide(*shape):
+        return torch.empty(TOKENS, *shape, width, dtype=torch.bfloat16)
+
+    vector, matrix = torch.empty(TOKENS, 4), torch.empty(TOKENS, 4, 4)
+    write = (wide(4), wide(), vector, matrix)
+    rest = (torch.empty(24, 4 * width), torch.empty(TOKENS, 24), torch.empty(TOKENS))
+    kernels.boundary_backward(*write, wide(), wide(4), vector, matrix, *rest, True)
+    kernels.boundary_backward(*write, wide(), wide(4), vector, matrix, *rest, False)
+
+
 def coefficients(width=2560, splits=4, **record):
     """The kernels that turn a projection into coefficients, forward and backward."""
     from custom_ops.kernels import constrain
@@ -207,6 +221,7 @@ GROUPS = {
         "n=4": partial(boundary, 4),
         "n=2": partial(boundary, 2),
         "n=4 wide": partial(boundary, 4, 7168),
+        "one pass": one_pass,
     },
     "main": {
         "bf16": partial(streams, 4),
