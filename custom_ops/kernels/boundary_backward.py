@@ -7,7 +7,8 @@ x' = res x + post y was written by the forward. Given g, the cotangent of the ne
 
 A token's mixes are products of its 4 × 4 matrix and its 4 rows. Four tokens together are a block
 (boundary_blocks.py) and 16 rows that lie side by side in memory; the inner products are the blocks
-on the diagonal of [16, C] × [C, 16].
+on the diagonal of [16, C] × [C, 16]. What is not of a token enters its sums times zero: exactly
+nothing, but of four tokens one that is not finite takes the others along.
 """
 # ruff: noqa: RUF005 (Triton has no starred tuples)
 
@@ -119,17 +120,18 @@ def hc_boundary_backward(
         step = tl.where(in_lane, lanes, 1)
         for tile in tl.range(first, last, step, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
+            left = tokens - tile * BLOCK_T
             rows = (b * 16 + r) * width + c
-            inside = token + (b * 4 + r // 4) < tokens
+            inside = b * 4 + r // 4 < left
             x = tl.load(x_ptr + token * depth + rows, mask=inside, other=0.0)
             g = tl.load(g_ptr + token * depth + rows, mask=inside, other=0.0)
             # rows 0 to 3 of a block are those of y, 4 to 7 those of du
             beside = b * 4 + r % 4
             y_du = tl.where(r < 4, y_ptr + token * width, du_ptr + token * width)
-            with_y = (r < 8) & (token + beside < tokens)
+            with_y = (r < 8) & (beside < left)
             y_du = tl.load(y_du + beside * width + c, mask=with_y, other=0.0)
-            kept = token + token_of < tokens
-            in_t = (token + t < tokens)[:, None]
+            kept = token_of < left
+            in_t = (t < left)[:, None]
             half = tl.load(
                 half_ptr + token * ROWS + t[:, None] * ROWS + m[None, :], mask=in_t, other=0.0
             )
@@ -139,7 +141,7 @@ def hc_boundary_backward(
             dss = 2.0 * tl.load(dss_ptr + token + token_of, mask=kept, other=0.0)
             post = tl.load(post_ptr + token * 4 + token_of * 4 + stream, mask=kept, other=0.0)
             block_ptrs = blocks_ptr + token * 512 + (b * 2048 + r * 16 + k)
-            in_block = token + (b * 4 + r * 0) < tokens
+            in_block = b * 4 + r * 0 < left
             blocks = ()
             for kind in tl.static_range(8):
                 block = tl.load(block_ptrs + kind * 256, mask=in_block, other=0.0)
@@ -173,7 +175,7 @@ def hc_boundary_backward(
                 + r_flat // 8 * 2
                 + r_flat % 2
             )
-            in_flat = token + flat // 4 < tokens
+            in_flat = flat // 4 < left
             if dots_ptr is not None:
                 dots = tl.where(k == 4 + place, tl.dot(again, across), 0.0)
                 tl.store(dots_ptr + share * 4 + flat, tl.sum(dots, axis=2), mask=in_flat)
@@ -187,7 +189,7 @@ def hc_boundary_backward(
             dy = tl.sum(dy, axis=2)
             of = b * 4 + tl.arange(0, 4)[None, :, None]
             dy_ptrs = dy_ptr + token * width + of * width + c
-            tl.store(dy_ptrs, dy.to(dy_ptr.dtype.element_ty), mask=token + of < tokens)
+            tl.store(dy_ptrs, dy.to(dy_ptr.dtype.element_ty), mask=of < left)
             again = tl.reshape(again, [BLOCKS, 2, 4, 2, BLOCK_C])
             again = tl.reshape(tl.trans(again, (0, 2, 1, 3, 4)), [BLOCK_T, 4 * BLOCK_C])
             product = tl.dot(
