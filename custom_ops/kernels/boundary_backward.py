@@ -192,9 +192,7 @@ def hc_boundary_backward(
             tl.store(dy_ptrs, dy.to(dy_ptr.dtype.element_ty), mask=of < left)
             again = tl.reshape(again, [BLOCKS, 2, 4, 2, BLOCK_C])
             again = tl.reshape(tl.trans(again, (0, 2, 1, 3, 4)), [BLOCK_T, 4 * BLOCK_C])
-            product = tl.dot(
-                tl.trans(parts), again
-            )  # finished here: the sum is not the tensor cores'
+            product = tl.dot(tl.trans(parts), again)  # truncated as it adds, so not the long sum
             product = tl.sum(tl.reshape(product, [EIGHTS, 2, 8, 4 * BLOCK_C]), axis=1)
             dphi += tl.reshape(product, [ROWS, 4 * BLOCK_C])
         slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
@@ -221,7 +219,7 @@ def boundary_backward(
 
     Args: x, g [T, 4, C] and y, du [T, C] bf16; post, pre [T, 4], res, mix [T, 4, 4], phi [M, 4·C],
     dp [T, M], dss [T] fp32; contiguous; 16 < M ≤ 32, C a multiple of 64.
-    Moves: 3n + 3, and 12 floats a token and slice of 64 columns twice.
+    Moves: 3n + 3, and 24 floats a token and slice of 64 columns twice.
     """
     tokens, width = tokens_of(x), x.shape[-1]
     coefficients = phi.shape[0]

@@ -18,10 +18,7 @@ KINDS = 8  # hi and lo of res, post, mixᵀ and pre
 
 @triton.jit(do_not_specialize=["tokens"])
 def hc_pack_blocks(post_ptr, res_ptr, pre_ptr, mix_ptr, out_ptr, tokens, BLOCKS: tl.constexpr):
-    """[T / 4, 8, 16, 16]: of every four tokens hi and lo of res, post, mixᵀ and pre as blocks.
-
-    Columns of res and mixᵀ are (token, stream); of post tokens, of pre 4 + token.
-    """
+    """[T / 4, KINDS, 16, 16]: of every four tokens hi and lo of res, post, mixᵀ and pre."""
     first = tl.program_id(0) * BLOCKS
     block = first + tl.arange(0, BLOCKS)[:, None, None]
     row = tl.arange(0, 16)[None, :, None]
