@@ -8,7 +8,7 @@ and the own pre is for the next. ∂x then waits for no ⟨du, x⟩, which the s
 C-units less.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,47 +96,72 @@ def backward(
     g is the cotangent of the ghost, whose resᵀg belongs to ∂x. extra, what else ∂x consists of,
     is added in the same pass.
     """
-    parameters = (phi, alpha, bias, weight, shift, carried)
-    given = (du, dpre, dpost, dres, g, x, *parameters, pre, post, res, p, ss, spec, extra)
-    return backward_by(_form_dx, *given)
-
-
-def backward_by(
-    form_dx: Callable,
-    du: Tensor,
-    dpre: Tensor | None,
-    dpost: Tensor | None,
-    dres: Tensor | None,
-    g: Tensor | None,
-    x: Tensor,
-    phi: Tensor | None,
-    alpha: Tensor | None,
-    bias: Tensor,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    carried: Tensor | None,
-    pre: Tensor,
-    post: Tensor,
-    res: Tensor,
-    p: Tensor,
-    ss: Tensor,
-    spec: str,
-    extra: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`backward` with something else in the place of _form_dx, of the same signature."""
     c = parse(spec)
+    parameters = (phi, alpha, bias, weight, shift, carried)
+    before = before_dx(c, du, dpre, dpost, dres, x, parameters, (pre, post, res, p, ss))
+    if g is None and extra is not None:
+        g, extra = extra, None
+        res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
+    res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
+    if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
+        g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
+    known = (before.du, before.weights, phi, before.dp, before.dss)
+    dx, dphi, dots = _form_dx(x, *known, g, res_all, before.wants_dots, c)
+    return dx if extra is None else dx + extra, dphi, *before.gradients(dots, carried)
+
+
+class Before(NamedTuple):
+    """What the backward knows before it forms ∂x.
+
+    du is that of the read before its norm, weights [..., V, n] or [..., n] are those it was read
+    with, dots are ⟨du, x_i⟩, None as long as only ∂carried wants them.
+    """
+
+    du: Tensor
+    weights: Tensor
+    dots: Tensor | None
+    dp: Tensor | None
+    dss: Tensor | None
+    dalpha: Tensor
+    dbias: Tensor
+    dweight: Tensor
+    dshift: Tensor
+    delayed: bool
+
+    @property
+    def wants_dots(self) -> bool:
+        """Whether who forms ∂x is to make ⟨du, x_i⟩, for which then nothing waits."""
+        return self.delayed and self.dots is None
+
+    def gradients(
+        self, dots: Tensor | None, carried: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """∂α, ∂b, ∂weight, ∂shift, ∂carried, with the dots that were wanted."""
+        dcarried = self.dshift.new_empty(0)
+        if carried is not None:
+            made = dots if self.dots is None else self.dots
+            assert made is not None
+            dcarried = agg.over_tokens(made, carried)
+        return self.dalpha, self.dbias, self.dweight, self.dshift, dcarried
+
+
+def before_dx(
+    c: Constraint, du: Tensor, dpre, dpost, dres, x: Tensor, parameters: tuple, saved: tuple
+) -> Before:
+    """The backward up to ∂x: of the read's norm, if any, and from the coefficients to p and ss."""
+    _, alpha, bias, weight, shift, carried = parameters
+    pre, post, res, p, ss = saved
     dweight, dshift = x.new_empty(0), x.new_empty(0)
     weights = pre if carried is None else carried
-    read = None
+    dots = None
     if c.read_norm != "none":
-        assert weight is not None
-        du, read, dweight, dshift = read_norm.backward(du, x, weights, weight, shift, c)
-    pre_all = agg.per_token(weights, x.shape[:-2], len(con.token_shapes(c)[0]))
+        du, dots, dweight, dshift = read_norm.backward(du, x, weights, weight, shift, c)
+    weights_all = agg.per_token(weights, x.shape[:-2], len(con.token_shapes(c)[0]))
     if carried is None:
-        if read is None:
-            read = _dots(du, x)
-        read = agg.over_tokens(read, weights).to(weights.dtype)
-        dpre = read if dpre is None else read + dpre
+        if dots is None:
+            dots = _dots(du, x)
+        dots = agg.over_tokens(dots, weights).to(weights.dtype)
+        dpre = dots if dpre is None else dots + dpre
     dpre = torch.zeros_like(pre) if dpre is None else dpre
     dpost = torch.zeros_like(post) if dpost is None else dpost
     dres = torch.zeros_like(res) if dres is None else dres
@@ -145,24 +170,10 @@ def backward_by(
         dalpha = bias.new_empty(0)
         dbias = con.static_backward(dpre, dpost, dres, bias, c)
     else:
-        assert phi is not None and alpha is not None
         width = c.norm_width(x.shape[-1])
         dp, dss, dalpha, dbias = con.backward(dpre, dpost, dres, p, ss, alpha, bias, width, c.spec)
-    if g is None and extra is not None:
-        g, extra = extra, None
-        res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
-    res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
-    if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
-        g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
-    late = carried is not None and read is None  # ⟨du, x⟩, which then nothing waits for
-    dx, dphi, dots = form_dx(x, du, pre_all, phi, dp, dss, g, res_all, late, c)
-    dx = dx if extra is None else dx + extra
-    dcarried = x.new_empty(0)
-    if carried is not None:
-        made = dots if late else read
-        assert made is not None
-        dcarried = agg.over_tokens(made, carried)
-    return dx, dphi, dalpha, dbias, dweight, dshift, dcarried
+    made = (dp, dss, dalpha, dbias, dweight, dshift)
+    return Before(du, weights_all, dots, *made, carried is not None)
 
 
 def _dots(du: Tensor, x: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ import triton.language as tl
 from custom_ops.kernels.boundary_blocks import pack_blocks
 from custom_ops.kernels.launch import cdiv, launch, tokens_of
 from custom_ops.kernels.post_pre import hc_narrow_pairs
-from custom_ops.kernels.pre_dx import hc_pre_dx_sum
+from custom_ops.kernels.pre_dx import sum_dphi
 from custom_ops.kernels.pre_pack import pack_dp, pack_phi
-from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share, lanes_and_helpers
+from custom_ops.kernels.shares import hc_long, hc_mine, hc_slot, hc_walk, lanes_and_helpers
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.registration import flat
 
@@ -81,17 +81,7 @@ def hc_boundary_backward(
     BLOCK_T: tl.constexpr = 4 * BLOCKS
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
-    lane = tl.program_id(0) // slices
-    helper = tl.program_id(0) - lanes * slices
-    early = hc_lane_tiles(tiles, slices, lanes, helpers)
-    late = tiles - early
-    begin = hc_share(helper, late * slices, helpers)
-    end = hc_share(helper + 1, late * slices, helpers)
-    span = tl.maximum(late, 1)
-    in_lane = helper < 0
-    first_piece = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
-    stop_piece = tl.where(begin < end, tl.cdiv(end, span), 0)
-    stop_piece = tl.where(in_lane, first_piece + 1, stop_piece)
+    mine = hc_mine(tiles, slices, lanes, helpers)
     b = tl.arange(0, BLOCKS)[:, None, None]
     r = tl.arange(0, 16)[None, :, None]
     k = tl.arange(0, 16)[None, None, :]
@@ -107,17 +97,13 @@ def hc_boundary_backward(
     two_offs = two // 8 % 2 * ROWS + two // 16 * 8 + two % 8
     EIGHTS: tl.constexpr = ROWS // 8
     depth = 4 * width
-    for piece in range(first_piece, stop_piece):
+    for piece in range(mine[0], mine[1]):
         c = piece * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
         phi_columns = column // BLOCK_C * width + piece * BLOCK_C + column % BLOCK_C
         phi = tl.load(phi_ptr + m[:, None].to(tl.int64) * depth + phi_columns[None, :])
         phi_scale = tl.load(phi_scale_ptr + stream * slices + piece)
         dphi = tl.zeros([ROWS, 4 * BLOCK_C], tl.float32)
-        first = early + tl.maximum(begin - piece * span, 0)
-        last = early + tl.minimum(end - piece * span, span)
-        first = tl.where(in_lane, lane, first)
-        last = tl.where(in_lane, early, last)
-        step = tl.where(in_lane, lanes, 1)
+        first, last, step = hc_walk(mine, piece, lanes)
         for tile in tl.range(first, last, step, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
             left = tokens - tile * BLOCK_T
@@ -195,8 +181,7 @@ def hc_boundary_backward(
             product = tl.dot(tl.trans(parts), again)  # truncated as it adds, so not the long sum
             product = tl.sum(tl.reshape(product, [EIGHTS, 2, 8, 4 * BLOCK_C]), axis=1)
             dphi += tl.reshape(product, [ROWS, 4 * BLOCK_C])
-        slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
-        slot = tl.where(in_lane, lane, slot)
+        slot = hc_slot(mine, piece, slices, lanes, helpers)
         slot_ptr = part_ptr + (hc_long(slot) * slices + piece) * (4 * BLOCK_C * ROWS)
         tl.store(slot_ptr + column[None, :] * ROWS + m[:, None], dphi)
 
@@ -222,7 +207,6 @@ def boundary_backward(
     Moves: 3n + 3, and 24 floats a token and slice of 64 columns twice.
     """
     tokens, width = tokens_of(x), x.shape[-1]
-    coefficients = phi.shape[0]
     blocks = pack_blocks(post, res, pre, mix)
     parts, half, half_scale = pack_dp(flat(dp, 1))
     phi_half, phi_scale = pack_phi(phi, STREAMS, TILE["BLOCK_C"])
@@ -240,19 +224,8 @@ def boundary_backward(
         *(dx, dy, sums, shares[0], shares[1], dots, tokens, width, lanes, helpers),
         **TILE,
     )
-    dphi = torch.empty_like(phi)
-    launch(
-        hc_pre_dx_sum,
-        (slices, STREAMS),
-        *(sums, dphi, tokens, width, lanes, helpers),
-        N=STREAMS,
-        M=coefficients,
-        ROWS=TILE["ROWS"],
-        BLOCK_T=4 * TILE["BLOCKS"],
-        BLOCK_M=TILE["ROWS"],
-        BLOCK_C=TILE["BLOCK_C"],
-        num_warps=4,
-    )
+    tile = {"block_t": 4 * TILE["BLOCKS"], "block_c": TILE["BLOCK_C"], "block_m": TILE["ROWS"]}
+    dphi = sum_dphi(sums, phi, tokens, STREAMS, lanes, helpers, rows=TILE["ROWS"], **tile)
     dres, dpost = sum_slots(shares[0]).reshape(res.shape), sum_slots(shares[1]).reshape(post.shape)
     dots = None if dots is None else sum_slots(dots).reshape(pre.shape)
     return dx, dy, dpost, dres, dphi, dots

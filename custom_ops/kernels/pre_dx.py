@@ -25,7 +25,15 @@ from custom_ops.kernels.pre_dx_parts import (
     hc_turn_back,
 )
 from custom_ops.kernels.pre_wide import hc_round_tf32
-from custom_ops.kernels.shares import hc_lane_tiles, hc_long, hc_owner, hc_share, lanes_and_helpers
+from custom_ops.kernels.shares import (
+    hc_lane_tiles,
+    hc_long,
+    hc_mine,
+    hc_owner,
+    hc_slot,
+    hc_walk,
+    lanes_and_helpers,
+)
 from custom_ops.kernels.slots import sum_slots
 from custom_ops.kernels.tile import padded
 from custom_ops.kernels.together import hc_together
@@ -73,22 +81,12 @@ def hc_pre_dx(
     EARLY: tl.constexpr = BLOCK_T < 64  # dφ before dx: after it, small tiles spill
     tiles = tl.cdiv(tokens, BLOCK_T)
     slices = tl.cdiv(width, BLOCK_C)
-    lane = tl.program_id(0) // slices
-    helper = tl.program_id(0) - lanes * slices
-    early = hc_lane_tiles(tiles, slices, lanes, helpers)  # tiles of the lanes
-    late = tiles - early
-    begin = hc_share(helper, late * slices, helpers)
-    end = hc_share(helper + 1, late * slices, helpers)
-    span = tl.maximum(late, 1)
+    mine = hc_mine(tiles, slices, lanes, helpers)
     depth = N * width
     m_offs = tl.arange(0, BLOCK_M)
     t_offs = tl.arange(0, BLOCK_T)
     dp_offs = t_offs[:, None] * M + m_offs[None, :]
-    in_lane = helper < 0
-    first_piece = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
-    stop_piece = tl.where(begin < end, tl.cdiv(end, span), 0)
-    stop_piece = tl.where(in_lane, first_piece + 1, stop_piece)
-    for piece in range(first_piece, stop_piece):
+    for piece in range(mine[0], mine[1]):
         c_offs = piece * BLOCK_C + tl.arange(0, BLOCK_C)
         c_mask = c_offs < width
         dphi = ()
@@ -104,11 +102,7 @@ def hc_pre_dx(
             for j in tl.static_range(N):
                 phi_tile = tl.load(phi_ptrs + j * width, mask=phi_mask, other=0.0)
                 phi = phi + (hc_round_tf32(phi_tile) if DOT == "tf32" else phi_tile,)
-        first = early + tl.maximum(begin - piece * span, 0)
-        last = early + tl.minimum(end - piece * span, span)
-        first = tl.where(in_lane, lane, first)
-        last = tl.where(in_lane, early, last)
-        step = tl.where(in_lane, lanes, 1)  # a step that varies also saves registers: no spills
+        first, last, step = hc_walk(mine, piece, lanes)
         rows = t_offs[:, None] * depth + c_offs[None, :]
         for tile in tl.range(first, last, step, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
@@ -176,8 +170,7 @@ def hc_pre_dx(
                 for j in tl.static_range(N):
                     sums = sums + (hc_dphi_parts(dphi[j], x_tiles[j], dp, PARTS, DOT),)
             dphi = sums
-        slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
-        slot = tl.where(in_lane, lane, slot)
+        slot = hc_slot(mine, piece, slices, lanes, helpers)
         slot_ptr = part_ptr + (hc_long(slot) * slices + piece) * (N * BLOCK_C * BLOCK_M)
         slot_offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         for j in tl.static_range(N):
@@ -224,6 +217,28 @@ def hc_pre_dx_sum(
     tl.store(dphi_ptr + offs, tl.trans(total), mask=mask)
 
 
+def sum_dphi(
+    sums, phi, tokens, streams: int, lanes, helpers, *, rows, block_t, block_c, block_m
+) -> torch.Tensor:
+    """dφ [M, n·C] from the slots that lanes and helpers left, of `rows` ≥ M coefficients each."""
+    coefficients, depth = phi.shape
+    width = depth // streams
+    dphi = torch.empty_like(phi)
+    launch(
+        hc_pre_dx_sum,
+        (cdiv(width, block_c), streams, cdiv(rows, block_m)),
+        *(sums, dphi, tokens, width, lanes, helpers),
+        N=streams,
+        M=coefficients,
+        ROWS=rows,
+        BLOCK_T=block_t,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return dphi
+
+
 def fused_dx(
     x, du, pre, phi, dp, dss, g, res, dx, views: int, g_rows: int, precision: str, with_dots: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -231,7 +246,6 @@ def fused_dx(
     tokens, (streams, width) = tokens_of(x), x.shape[-2:]
     coefficients = phi.shape[0]
     tile = fused_tile(x, coefficients, precision, with_dots)
-    block_t = tile["BLOCK_T"]
     slices = cdiv(width, tile["BLOCK_C"])
     lanes, helpers = lanes_and_helpers(slices)
     block = tile["BLOCK_C"] * tile["BLOCK_M"]
@@ -248,19 +262,9 @@ def fused_dx(
         G=g_rows,
         **tile,
     )
-    dphi = torch.empty_like(phi)
-    launch(
-        hc_pre_dx_sum,
-        (slices, streams),
-        *(sums, dphi, tokens, width, lanes, helpers),
-        N=streams,
-        M=coefficients,
-        ROWS=tile["BLOCK_M"],
-        BLOCK_T=block_t,
-        BLOCK_M=tile["BLOCK_M"],
-        BLOCK_C=tile["BLOCK_C"],
-        num_warps=4,
-    )
+    rows = tile["BLOCK_M"]
+    blocks = {"block_t": tile["BLOCK_T"], "block_c": tile["BLOCK_C"], "block_m": rows}
+    dphi = sum_dphi(sums, phi, tokens, streams, lanes, helpers, rows=rows, **blocks)
     return dphi, None if dots is None else sum_slots(dots)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from custom_ops.kernels.launch import cdiv, generation, launch
 from custom_ops.kernels.mix import packed_mix
-from custom_ops.kernels.pre_dx import hc_pre_dx_sum
+from custom_ops.kernels.pre_dx import sum_dphi
 from custom_ops.kernels.pre_pack import coefficient_blocks, pack_dp, pack_phi
 from custom_ops.kernels.shares import PROGRAMS, hc_long, hc_owner, hc_share
 
@@ -199,20 +199,8 @@ def packed_dphi(x: torch.Tensor, parts: torch.Tensor, phi: torch.Tensor) -> torc
         TAIL=tail,
         **tile,
     )
-    dphi = torch.empty_like(phi)
-    launch(
-        hc_pre_dx_sum,
-        (slices, 1, cdiv(main + tail, 16)),
-        *(sums, dphi, tokens, depth, 0, PROGRAMS),
-        N=1,
-        M=coefficients,
-        ROWS=main + tail,
-        BLOCK_T=tile["BLOCK_T"],
-        BLOCK_M=16,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
-    return dphi
+    blocks = {"block_t": tile["BLOCK_T"], "block_c": block_c, "block_m": 16}
+    return sum_dphi(sums, phi, tokens, 1, 0, PROGRAMS, rows=main + tail, **blocks)
 
 
 def packed_tile(x: torch.Tensor) -> dict:

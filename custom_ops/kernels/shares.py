@@ -54,6 +54,51 @@ def hc_owner(piece, work, helpers):
     return (last // tl.maximum(work, 1)).to(tl.int32)
 
 
+@triton.jit
+def hc_mine(tiles, slices, lanes, helpers):
+    """This program's slices, from the first value to before the second, and what falls to it.
+
+    The rest is for hc_walk and hc_slot: whether it is in a lane, which lane or helper it is, the
+    tiles of the lanes, those of the helpers (twice, once at least 1), and its own of the helpers'
+    of all slices, one slice after another, from the last value but one to before the last.
+    """
+    lane = tl.program_id(0) // slices
+    helper = tl.program_id(0) - lanes * slices
+    early = hc_lane_tiles(tiles, slices, lanes, helpers)
+    late = tiles - early
+    begin = hc_share(helper, late * slices, helpers)
+    end = hc_share(helper + 1, late * slices, helpers)
+    span = tl.maximum(late, 1)
+    in_lane = helper < 0
+    first = tl.where(in_lane, tl.program_id(0) % slices, begin // span)
+    stop = tl.where(begin < end, tl.cdiv(end, span), 0)
+    stop = tl.where(in_lane, first + 1, stop)
+    return first, stop, in_lane, lane, helper, early, late, span, begin, end
+
+
+@triton.jit
+def hc_walk(mine, piece, lanes):
+    """The tiles of a slice: from the first to before the second, by steps of the third.
+
+    That the step is not known when compiling also saves registers: fixed, it spills.
+    """
+    _, _, in_lane, lane, _, early, _, span, begin, end = mine
+    first = early + tl.maximum(begin - piece * span, 0)
+    last = early + tl.minimum(end - piece * span, span)
+    first = tl.where(in_lane, lane, first)
+    last = tl.where(in_lane, early, last)
+    step = tl.where(in_lane, lanes, 1)
+    return first, last, step
+
+
+@triton.jit
+def hc_slot(mine, piece, slices, lanes, helpers):
+    """The slot for this program's sums of a slice: the lanes' first, then those of its helpers."""
+    _, _, in_lane, lane, helper, _, late, span, _, _ = mine
+    slot = lanes + helper - hc_owner(piece * span, late * slices, helpers)
+    return tl.where(in_lane, lane, slot)
+
+
 def lanes_and_helpers(slices):
     """How many lanes and helpers there are for so many slices."""
     lanes = PROGRAMS // slices

@@ -72,7 +72,7 @@ def test_against_float64(shape):
     exact = case.exact()
     one, two = errors(case.one_pass(), exact), errors(case.two_kernels(), exact)
     for name, a, b in zip(("dx", "dy", "dpost", "dres", "dphi", "dots"), one, two, strict=True):
-        assert a <= max(1.5 * b, 2e-3), (name, a, b)
+        assert a <= max(1.5 * b, 2e-3 if name in ("dphi", "dots") else 0.0), (name, a, b)
 
 
 def test_without_dots():
@@ -107,10 +107,10 @@ def test_the_op_does_the_same_in_one_pass(delayed, monkeypatch):
         monkeypatch.setattr(post_pre_op, "ONE_PASS", one_pass)
         return post_pre_op.backward(None, case.du, *given, case.g, *saved, c.spec, True)
 
-    for a, b in zip(gradients(True), gradients(False), strict=True):
+    for index, (a, b) in enumerate(zip(gradients(True), gradients(False), strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if a.numel():
-            assert off(a, b) < 6e-3  # dy is rounded once, not twice
+        if a.numel():  # ∂y is rounded once, not twice
+            assert off(a, b) < (6e-3 if index == 1 else 1.5e-3), index
 
 
 def test_it_is_off_and_left_where_it_does_not_fit(monkeypatch):
