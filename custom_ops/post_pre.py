@@ -3,8 +3,9 @@
 x' = post(x, y, post, res), then pre(x'): u, pre', post', res', p, ss and, if asked, a ghost of x'.
 Like hc::post it takes the ghost of x instead of giving x a gradient (see post.py), so in a chain
 of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' is projected while it
-is made (`fits`), 4n + 2 elsewhere; 6n + 4 backward. With `carried` (delayed pre, see pre.py) u
-needs no second look at x': one pass, 2n + 2 forward; 5n + 3 backward (see ONE_PASS).
+is made (`fits`), 4n + 2 elsewhere; 5n + 4 backward where ∂x' and the inner products with it are
+taken at once (`backward_fits`), 6n + 4 elsewhere. With `carried` (delayed pre, see pre.py) u needs
+no second look at x': 2n + 2 forward; 4n + 3 backward, or 5n + 3.
 """
 
 import torch
@@ -20,9 +21,6 @@ from custom_ops.registration import define, double_backward, use_triton
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
 FUSED_ALIGNMENT = 16  # other widths take narrow loads, whose addresses spill
-# Whether the backward is one pass over the streams where one_pass says it can: off, as it has
-# been compiled and interpreted, but neither tested nor timed on a GPU.
-ONE_PASS = False
 
 
 def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool:
@@ -42,18 +40,16 @@ def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool
     )
 
 
-def one_pass(x: Tensor, y: Tensor, post, res, g, dghost: Tensor | None, c: Constraint) -> bool:
-    """Whether one kernel can do the backward: 4 streams on Hopper, and all of ∂x' from above."""
-    if not ONE_PASS or g is not None or dghost is None or dghost.stride(-2) == 0:
+def backward_fits(x: Tensor, y: Tensor, post, res, g, dghost, c: Constraint) -> bool:
+    """Whether one kernel forms ∂x' and uses it: 4 streams on Hopper, ∂x' all of the ghost's."""
+    if g is not None or dghost is None or dghost.stride(-2) == 0 or not fits(x, y, post, res, c):
         return False
     from custom_ops.kernels.launch import generation
 
     return (
-        fits(x, y, post, res, c)
-        and x.shape[-2] == c.streams == 4
+        x.shape[-2] == c.streams == 4
         and y.dtype == x.dtype
         and x.shape[-1] % 64 == 0
-        and c.total > 16  # fewer are padded to 16, not to the kernel's 32
         and generation(x.device) == 9
     )
 
@@ -122,9 +118,10 @@ def backward(
     parameters = (phi, alpha, bias, weight, shift, carried)
     saved = (next_pre, next_post, next_res, p, ss)
     c, write = parse(spec), (x, y, post, res)
-    if has_ghost and one_pass(*write, g, dghost, c):
+    if has_ghost and backward_fits(*write, g, dghost, c):
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
-        dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, dghost, next_res, write, phi)
+        given = (write, streams, dghost, next_res, phi)
+        dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, *given)
         return dx, dy, dpost, dres, dphi, *before.gradients(dots, carried)  # type: ignore[return-value]
     total, *grads = pre_op.backward(
         du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec, g
@@ -134,8 +131,8 @@ def backward(
     return dx, dy, dpost, dres, *grads  # type: ignore[return-value]
 
 
-def _backward_at_once(before: pre_op.Before, g, mix, write, phi):
-    """∂x', and in the same pass ∂y, ∂post, ∂res of the write that made x', ∂φ and ⟨du, x'⟩."""
+def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi):
+    """∂x', with it ∂y, ∂post, ∂res of the write that made x', and ⟨du, x'⟩; then ∂φ."""
     from custom_ops.kernels.boundary_backward import boundary_backward
 
     x, y, post, res = write
@@ -145,6 +142,7 @@ def _backward_at_once(before: pre_op.Before, g, mix, write, phi):
         y.contiguous(),
         post.contiguous().float(),
         res.contiguous().float(),
+        streams.contiguous(),
         before.du.contiguous(),
         g.contiguous(),
         before.weights.contiguous().float(),

@@ -133,8 +133,8 @@ def boundary(n, width=2560, dtype=torch.bfloat16):
     aggregate_norm.aggregate_norm_backward(y, x, post, y[0], True, True, 1e-6)
 
 
-def one_pass(width=2560):
-    """The backward of a boundary of 4 streams in one pass."""
+def boundary_backward(width=2560):
+    """The backward of a boundary of 4 streams at once."""
     from custom_ops.kernels import boundary_backward as kernels
 
     def wide(*shape):
@@ -143,8 +143,8 @@ def one_pass(width=2560):
     vector, matrix = torch.empty(TOKENS, 4), torch.empty(TOKENS, 4, 4)
     write = (wide(4), wide(), vector, matrix)
     rest = (torch.empty(24, 4 * width), torch.empty(TOKENS, 24), torch.empty(TOKENS))
-    kernels.boundary_backward(*write, wide(), wide(4), vector, matrix, *rest, True)
-    kernels.boundary_backward(*write, wide(), wide(4), vector, matrix, *rest, False)
+    kernels.boundary_backward(*write, wide(4), wide(), wide(4), vector, matrix, *rest, True)
+    kernels.boundary_backward(*write, wide(4), wide(), wide(4), vector, matrix, *rest, False)
 
 
 def coefficients(width=2560, splits=4, **record):
@@ -221,7 +221,7 @@ GROUPS = {
         "n=4": partial(boundary, 4),
         "n=2": partial(boundary, 2),
         "n=4 wide": partial(boundary, 4, 7168),
-        "one pass": one_pass,
+        "backward": boundary_backward,
     },
     "main": {
         "bf16": partial(streams, 4),

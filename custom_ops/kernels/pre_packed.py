@@ -13,7 +13,7 @@ from custom_ops.kernels.launch import cdiv, generation, launch
 from custom_ops.kernels.mix import packed_mix
 from custom_ops.kernels.pre_dx import sum_dphi
 from custom_ops.kernels.pre_pack import coefficient_blocks, pack_dp, pack_phi
-from custom_ops.kernels.shares import PROGRAMS, hc_long, hc_owner, hc_share
+from custom_ops.kernels.shares import hc_long, hc_mine, hc_slot, hc_walk, lanes_and_helpers
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -100,42 +100,38 @@ def hc_dphi_planes(total, x_tile, hi, lo):
     return total + tl.dot(turned, lo, product)
 
 
-@triton.jit(do_not_specialize=["tokens", "programs"])
+@triton.jit(do_not_specialize=["tokens", "lanes", "helpers"])
 def hc_pre_dphi_packed(
     x_ptr,
     parts_ptr,
     sums_ptr,
     tokens,
     depth,
-    programs,
+    lanes,
+    helpers,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dφ summed over an equal share of slices of BLOCK_C columns × tiles of BLOCK_T tokens."""
-    tiles = tl.cdiv(tokens, BLOCK_T)
+    """dφ over a share (shares.py) of slices of BLOCK_C columns × tiles of BLOCK_T tokens."""
     slices = tl.cdiv(depth, BLOCK_C)
-    index = tl.program_id(0)
-    begin = hc_share(index, tiles * slices, programs)
-    end = hc_share(index + 1, tiles * slices, programs)
-    span = tl.maximum(tiles, 1)
+    mine = hc_mine(tl.cdiv(tokens, BLOCK_T), slices, lanes, helpers)
     ROWS: tl.constexpr = MAIN + TAIL
     t_offs = tl.arange(0, BLOCK_T)
     main_offs = t_offs[:, None] * (2 * ROWS) + tl.arange(0, MAIN)[None, :]
     if TAIL > 0:
         tail_offs = t_offs[:, None] * (2 * ROWS) + MAIN + tl.arange(0, TAIL)[None, :]
-    for piece in range(begin // span, tl.where(begin < end, tl.cdiv(end, span), 0)):
+    for piece in range(mine[0], mine[1]):
         c_offs = piece * BLOCK_C + tl.arange(0, BLOCK_C)
         c_mask = (c_offs < depth)[None, :]
         x_offs = t_offs[:, None].to(tl.int64) * depth + c_offs[None, :]
         main_sum = tl.zeros([BLOCK_C, MAIN], tl.float32)
         if TAIL > 0:
             tail_sum = tl.zeros([BLOCK_C, TAIL], tl.float32)
-        first = tl.maximum(begin - piece * span, 0)
-        last = tl.minimum(end - piece * span, span)
-        for tile in tl.range(first, last, num_stages=STAGES):
+        first, last, step = hc_walk(mine, piece, lanes)
+        for tile in tl.range(first, last, step, num_stages=STAGES):
             token = hc_long(tile) * BLOCK_T
             t_mask = (token + t_offs < tokens)[:, None]
             x_tile = tl.load(x_ptr + token * depth + x_offs, mask=t_mask & c_mask, other=0.0)
@@ -147,7 +143,7 @@ def hc_pre_dphi_packed(
                 hi = tl.load(parts + tail_offs, mask=t_mask, other=0.0)
                 lo = tl.load(parts + ROWS + tail_offs, mask=t_mask, other=0.0)
                 tail_sum = hc_dphi_planes(tail_sum, x_tile, hi, lo)
-        slot = index - hc_owner(piece * span, tiles * slices, programs)
+        slot = hc_slot(mine, piece, slices, lanes, helpers)
         sums_ptrs = sums_ptr + (hc_long(slot) * slices + piece) * (BLOCK_C * ROWS)
         sums_ptrs += tl.arange(0, BLOCK_C)[:, None] * ROWS
         tl.store(sums_ptrs + tl.arange(0, MAIN)[None, :], main_sum)
@@ -190,17 +186,19 @@ def packed_dphi(x: torch.Tensor, parts: torch.Tensor, phi: torch.Tensor) -> torc
     tile = packed_dphi_tile(x, main + tail)
     block_c = tile["BLOCK_C"]
     slices = cdiv(depth, block_c)
-    sums = phi.new_empty((PROGRAMS // slices + 2) * slices * block_c * (main + tail))
+    lanes, helpers = lanes_and_helpers(slices)
+    slots = (lanes + helpers // slices + 2) * slices
+    sums = phi.new_empty(slots * block_c * (main + tail))
     launch(
         hc_pre_dphi_packed,
-        (PROGRAMS,),
-        *(x, parts, sums, tokens, depth, PROGRAMS),
+        (lanes * slices + helpers,),
+        *(x, parts, sums, tokens, depth, lanes, helpers),
         MAIN=main,
         TAIL=tail,
         **tile,
     )
     blocks = {"block_t": tile["BLOCK_T"], "block_c": block_c, "block_m": 16}
-    return sum_dphi(sums, phi, tokens, 1, 0, PROGRAMS, rows=main + tail, **blocks)
+    return sum_dphi(sums, phi, tokens, 1, lanes, helpers, rows=main + tail, **blocks)
 
 
 def packed_tile(x: torch.Tensor) -> dict:

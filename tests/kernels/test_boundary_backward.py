@@ -1,4 +1,4 @@
-"""The one-pass backward of a boundary, against float64 and against the two kernels it replaces."""
+"""The backward of a boundary at once, against float64 and against the two kernels it replaces."""
 
 import pytest
 import torch
@@ -33,9 +33,9 @@ class Boundary:
         self.dp, self.dss = random(tokens, coefficients, seed=10), random(tokens, seed=11) * 0.1
         self.streams = post.post(self.x, self.y, self.post, self.res)
 
-    def one_pass(self, with_dots=True):
+    def at_once(self, with_dots=True):
         write = (self.x, self.y, self.post, self.res)
-        rest = (self.du, self.g, self.pre, self.mix, self.phi, self.dp, self.dss)
+        rest = (self.streams, self.du, self.g, self.pre, self.mix, self.phi, self.dp, self.dss)
         return boundary_backward(*write, *rest, with_dots)
 
     def two_kernels(self):
@@ -67,31 +67,32 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape):
-    """No worse than the two kernels, but for the streams: their last bit may be made otherwise."""
+    """No worse than the two kernels, but for ⟨du, x'⟩: x' may be made with other last bits."""
     case = Boundary(*shape)
     exact = case.exact()
-    one, two = errors(case.one_pass(), exact), errors(case.two_kernels(), exact)
+    one, two = errors(case.at_once(), exact), errors(case.two_kernels(), exact)
     for name, a, b in zip(("dx", "dy", "dpost", "dres", "dphi", "dots"), one, two, strict=True):
-        assert a <= max(1.5 * b, 2e-3 if name in ("dphi", "dots") else 0.0), (name, a, b)
+        least = {"dphi": 2e-5, "dots": 2e-3}.get(name, 0.0)
+        assert a <= max(1.5 * b, least), (name, a, b)
 
 
 def test_without_dots():
     case = Boundary(33, 128)
-    *made, none = case.one_pass(with_dots=False)
+    *made, none = case.at_once(with_dots=False)
     assert none is None
-    for a, b in zip(made, case.one_pass(), strict=False):
-        assert torch.equal(a, b)
+    for a, b in zip(made, case.at_once(), strict=False):
+        assert off(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("coefficients", [17, 32])
+@pytest.mark.parametrize("coefficients", [1, 16, 17, 32])
 def test_other_numbers_of_coefficients(coefficients):
     case = Boundary(40, 64, coefficients)
-    made, exact = case.one_pass(), case.exact()
+    made, exact = case.at_once(), case.exact()
     assert off(made[0], exact[0]) < 4e-3 and off(made[4], exact[4]) < 5e-4
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_the_op_does_the_same_in_one_pass(delayed, monkeypatch):
+def test_the_op_does_the_same_at_once(delayed, monkeypatch):
     tokens, width = 37, 128
     case = Boundary(tokens, width)
     c = Constraint(4, iterations=5)
@@ -103,33 +104,48 @@ def test_the_op_does_the_same_in_one_pass(delayed, monkeypatch):
     given = [random(*t.shape, seed=20 + i) for i, t in enumerate(coefficients)]
     saved = (*write, case.phi, alpha, bias, None, None, carried, streams, *coefficients, p, ss)
 
-    def gradients(one_pass):
-        monkeypatch.setattr(post_pre_op, "ONE_PASS", one_pass)
+    def gradients():
         return post_pre_op.backward(None, case.du, *given, case.g, *saved, c.spec, True)
 
-    for index, (a, b) in enumerate(zip(gradients(True), gradients(False), strict=True)):
+    at_once = gradients()
+    monkeypatch.setattr(post_pre_op, "backward_fits", lambda *given: False)
+    for index, (a, b) in enumerate(zip(at_once, gradients(), strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
         if a.numel():  # ∂y is rounded once, not twice
             assert off(a, b) < (6e-3 if index == 1 else 1.5e-3), index
 
 
-def test_it_is_off_and_left_where_it_does_not_fit(monkeypatch):
+def test_it_is_left_where_it_does_not_fit():
     case, c = Boundary(5, 128), Constraint(4)
     write = (case.x, case.y, case.post, case.res)
-    assert not post_pre_op.one_pass(*write, None, case.g, c)
-    monkeypatch.setattr(post_pre_op, "ONE_PASS", True)
-    assert post_pre_op.one_pass(*write, None, case.g, c)
-    assert not post_pre_op.one_pass(*write, case.g, case.g, c)
-    assert not post_pre_op.one_pass(*write, None, None, c)
-    assert not post_pre_op.one_pass(*write, None, case.g[:, :1].expand_as(case.g), c)
+    assert post_pre_op.backward_fits(*write, None, case.g, c)
+    assert not post_pre_op.backward_fits(*write, case.g, case.g, c)
+    assert not post_pre_op.backward_fits(*write, None, None, c)
+    assert not post_pre_op.backward_fits(*write, None, case.g[:, :1].expand_as(case.g), c)
     narrow = Boundary(5, 80)
-    assert not post_pre_op.one_pass(*(narrow.x, narrow.y, case.post, case.res), None, narrow.g, c)
+    narrow_write = (narrow.x, narrow.y, case.post, case.res)
+    assert not post_pre_op.backward_fits(*narrow_write, None, narrow.g, c)
 
 
 @on_gpu
 @pytest.mark.parametrize("shape", [(300, 640), (4500, 2560)])
 def test_bitwise_repeatable(shape):
     case = Boundary(*shape)
-    first = case.one_pass()
+    first = case.at_once()
     for _ in range(100):
-        assert all(torch.equal(*pair) for pair in zip(first, case.one_pass(), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(first, case.at_once(), strict=True))
+
+
+def test_a_token_does_not_depend_on_the_others():
+    """Each token's own results, bit for bit wherever it lies in the batch."""
+    case = Boundary(41, 128)
+    whole = case.at_once()
+    names = ("x", "g", "y", "du", "post", "pre", "res", "mix", "dp", "dss", "streams")
+    for first, last in ((0, 1), (3, 22), (17, 41)):
+        part = object.__new__(Boundary)
+        part.phi = case.phi
+        for name in names:
+            setattr(part, name, getattr(case, name)[first:last].contiguous())
+        for index, (a, b) in enumerate(zip(part.at_once(), whole, strict=True)):
+            if index != 4:  # dφ is a sum over tokens
+                assert torch.equal(a, b[first:last]), (index, first, last)
