@@ -40,14 +40,20 @@ def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool
     )
 
 
-def backward_fits(x: Tensor, y: Tensor, post, res, g, dghost, c: Constraint) -> bool:
-    """Whether one kernel forms ∂x' and uses it: 4 streams on Hopper, ∂x' all of the ghost's."""
-    if g is not None or dghost is None or dghost.stride(-2) == 0 or not fits(x, y, post, res, c):
+def backward_fits(
+    x: Tensor, y: Tensor, post, res, g, dghost: Tensor | None, has_ghost: bool, c: Constraint
+) -> bool:
+    """Whether one kernel forms ∂x' and uses it, on Hopper: ∂x' of 4 streams is all of the ghost's.
+
+    It writes ∂x' for the ghost of x, or ∂x where x is one stream, which has none.
+    """
+    if g is not None or dghost is None or not fits(x, y, post, res, c):
         return False
     from custom_ops.kernels.launch import generation
 
     return (
-        x.shape[-2] == c.streams == 4
+        x.shape[-2] == (4 if has_ghost else 1)
+        and c.streams == 4
         and y.dtype == x.dtype
         and x.shape[-1] % 64 == 0
         and generation(x.device) == 9
@@ -118,7 +124,7 @@ def backward(
     parameters = (phi, alpha, bias, weight, shift, carried)
     saved = (next_pre, next_post, next_res, p, ss)
     c, write = parse(spec), (x, y, post, res)
-    if has_ghost and backward_fits(*write, g, dghost, c):
+    if backward_fits(*write, g, dghost, has_ghost, c):
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
         given = (write, streams, dghost, next_res, phi)
         dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, *given)
@@ -132,9 +138,11 @@ def backward(
 
 
 def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi):
-    """∂x', with it ∂y, ∂post, ∂res of the write that made x', and ⟨du, x'⟩; then ∂φ."""
+    """∂x' or ∂x, with it ∂y, ∂post, ∂res of the write that made x', and ⟨du, x'⟩; then ∂φ."""
     from custom_ops.kernels.boundary_backward import boundary_backward
 
+    if g.stride(-2) == 0:  # one cotangent for all streams
+        g, mix = g[..., :1, :], mix.sum(-2, keepdim=True)
     x, y, post, res = write
     assert before.dp is not None and before.dss is not None
     dx, dy, dpost, dres, dphi, dots = boundary_backward(

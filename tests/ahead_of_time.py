@@ -133,18 +133,19 @@ def boundary(n, width=2560, dtype=torch.bfloat16):
     aggregate_norm.aggregate_norm_backward(y, x, post, y[0], True, True, 1e-6)
 
 
-def boundary_backward(width=2560):
-    """The backward of a boundary of 4 streams at once."""
+def boundary_backward(incoming, outgoing, width=2560):
+    """The backward of a boundary of 4 streams at once, with one stream in or one cotangent."""
     from custom_ops.kernels import boundary_backward as kernels
 
     def wide(*shape):
         return torch.empty(TOKENS, *shape, width, dtype=torch.bfloat16)
 
-    vector, matrix = torch.empty(TOKENS, 4), torch.empty(TOKENS, 4, 4)
-    write = (wide(4), wide(), vector, matrix)
+    vector = torch.empty(TOKENS, 4)
+    write = (wide(incoming), wide(), vector, torch.empty(TOKENS, 4, incoming))
+    read = (wide(4), wide(), wide(outgoing), vector, torch.empty(TOKENS, outgoing, 4))
     rest = (torch.empty(24, 4 * width), torch.empty(TOKENS, 24), torch.empty(TOKENS))
-    kernels.boundary_backward(*write, wide(4), wide(), wide(4), vector, matrix, *rest, True)
-    kernels.boundary_backward(*write, wide(4), wide(), wide(4), vector, matrix, *rest, False)
+    kernels.boundary_backward(*write, *read, *rest, True)
+    kernels.boundary_backward(*write, *read, *rest, False)
 
 
 def coefficients(width=2560, splits=4, **record):
@@ -221,7 +222,9 @@ GROUPS = {
         "n=4": partial(boundary, 4),
         "n=2": partial(boundary, 2),
         "n=4 wide": partial(boundary, 4, 7168),
-        "backward": boundary_backward,
+        "backward": partial(boundary_backward, 4, 4),
+        "backward, first": partial(boundary_backward, 1, 4),
+        "backward, last": partial(boundary_backward, 4, 1),
     },
     "main": {
         "bf16": partial(streams, 4),

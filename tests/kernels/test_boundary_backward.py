@@ -10,25 +10,27 @@ from custom_ops.kernels.boundary_backward import boundary_backward
 from tests.kernels.cases import INTERPRETED, anywhere, on_gpu, random, worst
 
 pytestmark = anywhere
-SMALL = [(1, 64), (45, 128), (150, 192)]
+ENDS = [(4, 4), (1, 4), (4, 1), (1, 1)]  # streams of x and of g: a network's inside and its ends
+SMALL = [(1, 64), (45, 128), (150, 192), (3, 1280)]
 SHAPES = SMALL if INTERPRETED else [*SMALL, (4500, 640), (300, 2560), (77, 7168)]
 
 
 class Boundary:
     """Random tensors of a boundary, and what its backward is in float64."""
 
-    def __init__(self, tokens, width, coefficients=24):
+    def __init__(self, tokens, width, coefficients=24, incoming=4, outgoing=4):
         def wide(*shape, seed):
             return random(tokens, *shape, width, dtype=torch.bfloat16, seed=seed)
 
         self.x, self.g, self.y, self.du = (
-            wide(4, seed=1),
-            wide(4, seed=2),
+            wide(incoming, seed=1),
+            wide(outgoing, seed=2),
             wide(seed=3),
             wide(seed=4),
         )
         self.post, self.pre = random(tokens, 4, seed=5), random(tokens, 4, seed=6)
-        self.res, self.mix = (random(tokens, 4, 4, seed=seed, scale=0.5) for seed in (7, 8))
+        self.res = random(tokens, 4, incoming, seed=7, scale=0.5)
+        self.mix = random(tokens, outgoing, 4, seed=8, scale=0.5)
         self.phi = random(coefficients, 4 * width, scale=0.02, seed=9)
         self.dp, self.dss = random(tokens, coefficients, seed=10), random(tokens, seed=11) * 0.1
         self.streams = post.post(self.x, self.y, self.post, self.res)
@@ -41,19 +43,21 @@ class Boundary:
     def two_kernels(self):
         given = (self.streams, self.du, self.pre, self.phi, self.dp, self.dss, self.g, self.mix)
         dx, dphi, dots = pre_backward.pre_dx(*given, with_dots=True)
-        _, *made = post.post_backward(dx, self.x, self.y, self.post, self.res, False)
-        return dx, *made, dphi, dots
+        one = self.x.shape[1] == 1
+        thin, *made = post.post_backward(dx, self.x, self.y, self.post, self.res, one)
+        return thin if one else dx, *made, dphi, dots
 
     def exact(self):
         names = ("x", "g", "y", "du", "post", "pre", "res", "mix", "phi", "dp", "dss", "streams")
-        x, g, y, du, post, pre, _, mix, phi, dp, dss, streams = (
+        x, g, y, du, post, pre, res, mix, phi, dp, dss, streams = (
             getattr(self, name).double() for name in names
         )
         dx = mix.mT @ g + pre[..., None] * du[:, None] + 2 * dss[:, None, None] * streams
         dx = dx + (dp @ phi).view(dx.shape)
         dy, dpost = (post[..., None] * dx).sum(1), (dx * y[:, None]).sum(-1)
-        dphi = dp.T @ streams.flatten(1)
-        return dx, dy, dpost, dx @ x.mT, dphi, (du[:, None] * streams).sum(-1)
+        dphi, dres = dp.T @ streams.flatten(1), dx @ x.mT
+        dx = res.mT @ dx if x.shape[1] == 1 else dx
+        return dx, dy, dpost, dres, dphi, (du[:, None] * streams).sum(-1)
 
 
 def errors(made, exact) -> list[float]:
@@ -66,13 +70,14 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape):
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_against_float64(shape, ends):
     """No worse than the two kernels, but for ⟨du, x'⟩: x' may be made with other last bits."""
-    case = Boundary(*shape)
+    case = Boundary(*shape, 24, *ends)
     exact = case.exact()
     one, two = errors(case.at_once(), exact), errors(case.two_kernels(), exact)
     for name, a, b in zip(("dx", "dy", "dpost", "dres", "dphi", "dots"), one, two, strict=True):
-        least = {"dphi": 2e-5, "dots": 2e-3}.get(name, 0.0)
+        least = {"dphi": 2e-5, "dots": 5e-3}.get(name, 0.0)
         assert a <= max(1.5 * b, least), (name, a, b)
 
 
@@ -92,9 +97,10 @@ def test_other_numbers_of_coefficients(coefficients):
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_the_op_does_the_same_at_once(delayed, monkeypatch):
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_the_op_does_the_same_at_once(ends, delayed, monkeypatch):
     tokens, width = 37, 128
-    case = Boundary(tokens, width)
+    case = Boundary(tokens, width, 24, *ends)
     c = Constraint(4, iterations=5)
     alpha, bias = random(3, seed=12), random(c.total, seed=13)
     carried = case.pre.sigmoid() if delayed else None
@@ -104,41 +110,47 @@ def test_the_op_does_the_same_at_once(delayed, monkeypatch):
     given = [random(*t.shape, seed=20 + i) for i, t in enumerate(coefficients)]
     saved = (*write, case.phi, alpha, bias, None, None, carried, streams, *coefficients, p, ss)
 
+    dghost = case.g.expand(tokens, 4, width)
+
     def gradients():
-        return post_pre_op.backward(None, case.du, *given, case.g, *saved, c.spec, True)
+        return post_pre_op.backward(
+            None, case.du, *given, dghost, *saved, c.spec, case.x.shape[1] == 4
+        )
 
     at_once = gradients()
     monkeypatch.setattr(post_pre_op, "backward_fits", lambda *given: False)
     for index, (a, b) in enumerate(zip(at_once, gradients(), strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if a.numel():  # ∂y is rounded once, not twice
-            assert off(a, b) < (6e-3 if index == 1 else 1.5e-3), index
+        if a.numel():  # ∂y and the ∂x of one stream are rounded once, not twice
+            once = index == 1 or (index == 0 and case.x.shape[1] == 1)
+            assert off(a, b) < (6e-3 if once else 1.5e-3), index
 
 
 def test_it_is_left_where_it_does_not_fit():
     case, c = Boundary(5, 128), Constraint(4)
     write = (case.x, case.y, case.post, case.res)
-    assert post_pre_op.backward_fits(*write, None, case.g, c)
-    assert not post_pre_op.backward_fits(*write, case.g, case.g, c)
-    assert not post_pre_op.backward_fits(*write, None, None, c)
-    assert not post_pre_op.backward_fits(*write, None, case.g[:, :1].expand_as(case.g), c)
+    assert post_pre_op.backward_fits(*write, None, case.g, True, c)
+    assert not post_pre_op.backward_fits(*write, None, case.g, False, c)
+    assert not post_pre_op.backward_fits(*write, case.g, case.g, True, c)
+    assert not post_pre_op.backward_fits(*write, None, None, True, c)
     narrow = Boundary(5, 80)
     narrow_write = (narrow.x, narrow.y, case.post, case.res)
-    assert not post_pre_op.backward_fits(*narrow_write, None, narrow.g, c)
+    assert not post_pre_op.backward_fits(*narrow_write, None, narrow.g, True, c)
 
 
 @on_gpu
-@pytest.mark.parametrize("shape", [(300, 640), (4500, 2560)])
-def test_bitwise_repeatable(shape):
-    case = Boundary(*shape)
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_bitwise_repeatable(ends):
+    case = Boundary(1500, 2560, 24, *ends)
     first = case.at_once()
-    for _ in range(100):
+    for _ in range(50):
         assert all(torch.equal(*pair) for pair in zip(first, case.at_once(), strict=True))
 
 
-def test_a_token_does_not_depend_on_the_others():
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_a_token_does_not_depend_on_the_others(ends):
     """Each token's own results, bit for bit wherever it lies in the batch."""
-    case = Boundary(41, 128)
+    case = Boundary(41, 128, 24, *ends)
     whole = case.at_once()
     names = ("x", "g", "y", "du", "post", "pre", "res", "mix", "dp", "dss", "streams")
     for first, last in ((0, 1), (3, 22), (17, 41)):
