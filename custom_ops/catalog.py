@@ -131,11 +131,13 @@ def _call_pre(variant, x, *parameters):
     return torch.ops.hc.pre(x, *parameters, c.spec, False, *read)[:4]
 
 
-def _call_post_pre(variant, x, y, post, res, *parameters):
+def _call_post_pre(variant, x, y, post, res, *parameters, ghost=None):
+    """Streams, u and coefficients; with a ghost of x, as in a chain, the next for the streams."""
     c = _constraint(variant, x.shape[-2])
     parameters, read = _split(variant, parameters)
-    write = (x, y, post, res)
-    return torch.ops.hc.post_pre(*write, *parameters, c.spec, None, False, *read)[:5]
+    given = (x, y, post, res, *parameters, c.spec, ghost, ghost is not None, *read)
+    made = torch.ops.hc.post_pre(*given)
+    return made[:5] if ghost is None else (*made[1:5], made[7])
 
 
 def _streams_of(variant: str, p: Tensor, bias: Tensor) -> int:

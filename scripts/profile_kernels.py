@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,8 +57,7 @@ def child(args: argparse.Namespace) -> None:
         for at in args.shapes:
             note(f"{name} at {at.label}")
             inputs = catalog_bench.device_inputs(row, at, dtype_of(row), args.device)
-            function = partial(row.call, catalog_bench.variant_of(row))
-            for direction, call in catalog_bench.calls(function, inputs):
+            for direction, call in catalog_bench.calls(catalog_bench.call_of(row), inputs):
                 counters.count(name, direction, at, call)
 
 
