@@ -41,13 +41,13 @@ def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool
 
 
 def backward_fits(
-    x: Tensor, y: Tensor, post, res, g, dghost: Tensor | None, has_ghost: bool, c: Constraint
+    x: Tensor, y: Tensor, post, res, g, dghost, has_ghost: bool, c: Constraint
 ) -> bool:
-    """Whether one kernel forms ∂x' and uses it, on Hopper: ∂x' of 4 streams is all of the ghost's.
+    """Whether one kernel, on Hopper, forms ∂x' of 4 streams from one cotangent, and uses it.
 
     It writes ∂x' for the ghost of x, or ∂x where x is one stream, which has none.
     """
-    if g is not None or dghost is None or not fits(x, y, post, res, c):
+    if (g is None) == (dghost is None) or not fits(x, y, post, res, c):
         return False
     from custom_ops.kernels.launch import generation
 
@@ -126,7 +126,9 @@ def backward(
     c, write = parse(spec), (x, y, post, res)
     if backward_fits(*write, g, dghost, has_ghost, c):
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
-        given = (write, streams, dghost, next_res, phi)
+        if dghost is None:
+            next_res = torch.eye(4, device=x.device).expand(next_res.shape)
+        given = (write, streams, g if dghost is None else dghost, next_res, phi)
         dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, *given)
         return dx, dy, dpost, dres, dphi, *before.gradients(dots, carried)  # type: ignore[return-value]
     total, *grads = pre_op.backward(

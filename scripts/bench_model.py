@@ -107,6 +107,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
     nets = [NETS[width] for width in args.width] if cuda else [CPU_NET]
     nets = [replace(net, layers=args.layers or net.layers) for net in nets]
     ways = WAYS | (PER_PASS if args.per_pass else {})
+    if args.ways:
+        ways = {name: way for name, way in ways.items() if name in ("residual", *args.ways)}
     if args.quick or not cuda:
         ways = {name: way for name, way in ways.items() if name in QUICK_WAYS}
     ways |= RECOMPUTE if args.recompute else {}
@@ -154,6 +156,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time a dense transformer's training step.")
     parser.add_argument("--quick", action="store_true", help="residual and fused only, few rounds")
     parser.add_argument("--width", type=int, nargs="+", choices=list(NETS), default=list(NETS))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="these and residual only")
     parser.add_argument("--per-pass", action="store_true", help="also stop after each graph pass")
     parser.add_argument("--recompute", action="store_true", help="also every recompute policy")
     parser.add_argument("--layers", type=int, help="blocks of two sublayers; default 2 (CPU: 1)")

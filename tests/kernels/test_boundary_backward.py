@@ -98,7 +98,9 @@ def test_other_numbers_of_coefficients(coefficients):
 
 @pytest.mark.parametrize("delayed", [False, True])
 @pytest.mark.parametrize("ends", ENDS, ids=str)
-def test_the_op_does_the_same_at_once(ends, delayed, monkeypatch):
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_op_does_the_same_at_once(plain, ends, delayed, monkeypatch):
+    """With the cotangent of a ghost, or that of the streams itself."""
     tokens, width = 37, 128
     case = Boundary(tokens, width, 24, *ends)
     c = Constraint(4, iterations=5)
@@ -110,12 +112,13 @@ def test_the_op_does_the_same_at_once(ends, delayed, monkeypatch):
     given = [random(*t.shape, seed=20 + i) for i, t in enumerate(coefficients)]
     saved = (*write, case.phi, alpha, bias, None, None, carried, streams, *coefficients, p, ss)
 
-    dghost = case.g.expand(tokens, 4, width)
+    cotangent = case.g.expand(tokens, 4, width)
+    above = (cotangent, None) if plain else (None, cotangent)
 
     def gradients():
-        return post_pre_op.backward(
-            None, case.du, *given, dghost, *saved, c.spec, case.x.shape[1] == 4
-        )
+        g, dghost = above
+        rest = (dghost, *saved, c.spec, case.x.shape[1] == 4)
+        return post_pre_op.backward(g, case.du, *given, *rest)
 
     at_once = gradients()
     monkeypatch.setattr(post_pre_op, "backward_fits", lambda *given: False)
@@ -130,6 +133,7 @@ def test_it_is_left_where_it_does_not_fit():
     case, c = Boundary(5, 128), Constraint(4)
     write = (case.x, case.y, case.post, case.res)
     assert post_pre_op.backward_fits(*write, None, case.g, True, c)
+    assert post_pre_op.backward_fits(*write, case.g, None, True, c)
     assert not post_pre_op.backward_fits(*write, None, case.g, False, c)
     assert not post_pre_op.backward_fits(*write, case.g, case.g, True, c)
     assert not post_pre_op.backward_fits(*write, None, None, True, c)
