@@ -30,6 +30,15 @@ def test_tiny_run(tmp_path, capsys):
     assert f"| residual | 32 | {base:.2f} | +0.0 |" in capsys.readouterr().out
 
 
+def test_chosen_ways(tmp_path):
+    file = tmp_path / "model.json"
+    main(["--device", "cpu", "--eager", "--ways", "ours, hc.compile", "--json", str(file)])
+    names = [record["way"] for record in json.loads(file.read_text())["model"]]
+    assert names == ["residual", "ours, hc.compile"]
+    main(["--device", "cpu", "--eager", "--ways", "residual", "--json", str(file)])
+    assert [r["way"] for r in json.loads(file.read_text())["model"]] == ["residual"]
+
+
 def test_ways_compute_the_same_and_weights_keep_their_dtypes():
     outputs = []
     for name in ("compiled PyTorch", "ours, hc.compile"):
