@@ -1,6 +1,6 @@
 """The graphs a GPU would get, kernels and all, partitioned without one: what is kept, what runs.
 
-Run as a program (`python -m tests.partitioned 8 streams`), because it replaces Triton's driver:
+Run as a program (`python -m tests.partitioned 8 streams mhc`), because it replaces Triton's driver:
 CPU tensors are traced as if they were on a device, and nothing runs. Prints one JSON object.
 """
 
@@ -34,10 +34,10 @@ def kernel_counts(graph):
     return counts
 
 
-def main(layers: int, policy: str) -> None:
+def main(layers: int, policy: str, preset: str) -> None:
     """Print what a net of bf16 streams keeps and launches under a policy."""
     kernels_without_device()
-    net = Net(hc.HCConfig(WIDTH, 4, "mhc"), layers)
+    net = Net(hc.HCConfig(WIDTH, 4, preset), layers)
     for name, parameter in net.named_parameters():
         if "coefficients" not in name:
             parameter.data = parameter.data.bfloat16()
@@ -64,4 +64,4 @@ def main(layers: int, policy: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -54,9 +54,9 @@ def hc_sum_slots(part_ptr, out_ptr, total, splits, BLOCK: tl.constexpr):
 def few_tokens(coefficients: int) -> int:
     """Up to how many tokens every turn is a program: more coefficients a token fill more memory.
 
-    n = 4, µs on an H100 at 64, 512, 1024 tokens, turns in a program each | spans: post_pre 2560
-    wide 21, 37, 56 | 48, 51, 55; 7168 wide 24, 74, 128 | 109, 116, 130. n = 8, pre, 2560 wide,
-    64, 256, 512: 34, 56, 96 | 86, 88, 91.
+    n = 4, µs on an H100 at 64, 512, 1024 tokens (post_project in tiles of 64), turns in a program
+    each | spans: post_pre 2560 wide 21, 37, 56 | 48, 51, 55; 7168 wide 24, 74, 128 | 109, 116,
+    130. n = 8, pre, 2560 wide, 64, 256, 512: 34, 56, 96 | 86, 88, 91.
     """
     return min(512, 24_576 // coefficients)
 

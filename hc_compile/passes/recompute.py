@@ -94,11 +94,14 @@ def tag(graph: Graph, policy: Policy) -> None:
     for count, (group, node) in enumerate(streams.items(), start=1):
         if every and count % every == 0:
             _keep(node, groups[group])
-    for nodes in groups.values() if every else ():
+    for group, nodes in groups.items() if every else ():
+        written = list(_origins(streams[group]))[-1] if group in streams else None
         for node in _reads(nodes, streams):
-            parts = list(_origins(node))
-            siblings = () if _is_tensor(parts[-1]) else tuple(parts[-1].users)
-            for part in (*parts, *siblings):
+            *parts, origin = _origins(node)
+            if origin is not written:
+                siblings = () if _is_tensor(origin) else tuple(origin.users)
+                parts += [origin, *siblings]
+            for part in parts:
                 part.meta.pop("recompute", None)
 
 

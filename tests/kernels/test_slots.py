@@ -36,7 +36,7 @@ for tokens in (3, 3000, 512, 513, 2, 1, 128):
     grids[tokens] = [grid[0] for grid in launched]
     assert counters["stats"]["unique_graphs"] == (2 if 1 in grids else 1), tokens
 # split, post_project, sum_turns, constrain, aggregate; split, project, sum_turns, ...
-assert grids[512][1:3] == [8 * 2 * 4, 200] and grids[513][1:3] == [9 * 2, 0], grids
+assert grids[512][1:3] == [16 * 2 * 4, 200] and grids[513][1:3] == [17 * 2, 0], grids
 assert grids[512][6:8] == [8 * 2 * 8, 200] and grids[513][6:8] == [9 * 2, 0], grids
 assert len({len(found) for found in grids.values()}) == 1, grids
 """

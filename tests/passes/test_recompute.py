@@ -82,16 +82,21 @@ def test_64_sublayers_keep_a_fifth():
     assert 0 < kept.streams / (ONE // 2) <= 0.2 * 64
 
 
+@pytest.mark.parametrize("preset", ["mhc", "mhc-v4.1"])
 @pytest.mark.parametrize("policy, kept, written", [("none", 7, 0), ("streams", 3, 4)])
-def test_kernels_of_a_gpu(policy, kept, written):
-    """Kernels are opaque, and nothing wider than x is kept; only the streams between run again."""
-    command = [sys.executable, "-m", "tests.partitioned", "8", policy]
+def test_kernels_of_a_gpu(policy, kept, written, preset):
+    """Kernels are opaque, and nothing wider than x is kept; only the streams between run again.
+
+    Every boundary, those at the ends, too, has its backward in one kernel.
+    """
+    command = [sys.executable, "-m", "tests.partitioned", "8", policy, preset]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kept"] == kept
     assert found["forward"]["hc_post_project"] == 7
     assert found["backward"].get("hc_post_project", 0) == written
+    assert found["backward"]["hc_boundary_backward"] == 7
     assert "hc_aggregate" not in found["backward"]  # what a branch reads is the branch's
 
 
