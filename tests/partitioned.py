@@ -1,7 +1,7 @@
 """The graphs a GPU would get, kernels and all, partitioned without one: what is kept, what runs.
 
-Run as a program (`python -m tests.partitioned 8 streams mhc`), because it replaces Triton's driver:
-CPU tensors are traced as if they were on a device, and nothing runs. Prints one JSON object.
+Run as a program (`python -m tests.partitioned 8 streams mhc`): it replaces Triton's driver,
+so that CPU tensors are traced as on a device, and nothing runs. Prints one JSON object.
 """
 
 import json
