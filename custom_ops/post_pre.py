@@ -6,6 +6,9 @@ of boundaries every ∂x is formed once. Moves 3n + 2 C-units forward where x' i
 is made (`fits`), 4n + 2 elsewhere; 5n + 4 backward where ∂x' and the inner products with it are
 taken at once (`backward_fits`), 6n + 4 elsewhere. With `carried` (delayed pre, see pre.py) u needs
 no second look at x': 2n + 2 forward; 4n + 3 backward, or 5n + 3.
+
+Backward at once, tokens 4k to 4k + 3 share products: where one holds what is not finite, so do
+the gradients of all four.
 """
 
 import torch

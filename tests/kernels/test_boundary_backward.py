@@ -165,3 +165,14 @@ def test_a_token_does_not_depend_on_the_others(ends):
         for index, (a, b) in enumerate(zip(part.at_once(), whole, strict=True)):
             if index != 4:  # dφ is a sum over tokens
                 assert torch.equal(a, b[first:last]), (index, first, last)
+
+
+def test_what_is_not_finite_stays_within_its_four_tokens():
+    case = Boundary(19, 64)
+    clean = case.at_once()
+    case.x[5, 1, 3] = float("nan")
+    others = [token for token in range(19) if token // 4 != 1]
+    for index, (a, b) in enumerate(zip(case.at_once(), clean, strict=True)):
+        if index != 4:  # dφ is a sum over tokens, of x' as it was written
+            assert torch.equal(a[others], b[others]), index
+    assert case.at_once()[0][5].isnan().any()
