@@ -70,10 +70,15 @@ PER_PASS: dict[str, ModelWay] = {
     if count != len(PASSES)
 }
 RECOMPUTE: dict[str, ModelWay] = {
-    f"ours, recompute={policy}": ModelWay(
-        "mhc", "ops", partial(hc.compile, dynamic=False, recompute=policy)
+    f"ours, {name}recompute={policy}": ModelWay(
+        preset, "ops", partial(hc.compile, dynamic=False, recompute=policy)
     )
-    for policy in ("coefficients", "streams")
+    for name, preset, policy in (
+        ("", "mhc", "coefficients"),
+        ("", "mhc", "streams"),
+        ("v4.1, ", "mhc-v4.1", "none"),
+        ("v4.1, ", "mhc-v4.1", "streams"),
+    )
 }
 
 

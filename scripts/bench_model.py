@@ -85,19 +85,20 @@ def time_ways(
 
 def bench_saved(net: Net, device: str) -> list[dict]:
     """What each policy keeps for the backward, as a multiple of one x a sublayer."""
-    trunk = Trunk(net, WAYS["ours, hc.compile"], device)
-    h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
-    x = h.unsqueeze(-2).expand(*h.shape[:-1], net.streams, net.width)
-    whole = x.numel() * x.element_size() * 2 * net.layers
     records = []
-    for policy in ("none", "coefficients", "streams"):
-        note(f"C = {net.width}: partitioning with recompute={policy}")
-        forward, kept = saved_by(trunk, policy, x)
-        torch.autograd.backward(forward(h.requires_grad_()), torch.ones_like(h))
-        parts = {name: getattr(kept, name) for name in ("streams", "coefficients", "branches")}
-        record = {"policy": policy, "width": net.width, "sublayers": 2 * net.layers}
-        record |= {name: size / whole for name, size in parts.items()}
-        records.append(record | {"backward_ops": kept.backward.total()})
+    for name, way in (("", "ours, hc.compile"), ("v4.1, ", "ours, v4.1, hc.compile")):
+        trunk = Trunk(net, WAYS[way], device)
+        h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
+        x = h.unsqueeze(-2).expand(*h.shape[:-1], net.streams, net.width)
+        whole = x.numel() * x.element_size() * 2 * net.layers
+        for policy in ("none", "coefficients", "streams"):
+            note(f"C = {net.width}: partitioning with recompute={policy} ({way})")
+            forward, kept = saved_by(trunk, policy, x)
+            torch.autograd.backward(forward(h.requires_grad_()), torch.ones_like(h))
+            parts = {key: getattr(kept, key) for key in ("streams", "coefficients", "branches")}
+            record = {"policy": name + policy, "width": net.width, "sublayers": 2 * net.layers}
+            record |= {key: size / whole for key, size in parts.items()}
+            records.append(record | {"backward_ops": kept.backward.total()})
     return records
 
 

@@ -14,15 +14,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-$(command -v python || command -v python3)}" workers="${WORKERS:-8}"
 
 declare -A limit=(
-    [gate]=120 [small]=110 [sublayer]=260 [ops]=160 [seam]=60 [model]=340 [model4096]=260
+    [gate]=120 [small]=110 [sublayer]=260 [chains]=220 [ops]=160 [seam]=60 [model]=340
+    [model4096]=260 [nets]=170
     [tests]=420 [recompute]=280 [compile]=300 [inference]=280 [compat]=480 [layers]=260
     [paths]=200 [quickstart]=200 [integrations]=280 [integrations2]=420
     [kernels]=150
 )
 order=(
-    gate small sublayer ops seam model tests recompute inference compat layers integrations
-    integrations2 model4096 paths quickstart compile kernels
+    gate small sublayer chains ops seam model tests recompute inference compat layers
+    integrations integrations2 model4096 nets paths quickstart compile kernels
 )
+
+chains=()
+for preset in "" "v4.1, "; do
+    for length in 4 8; do chains+=("ours, ${preset}hc.compile, chain of $length"); done
+done
 
 bench() { # NAME SCRIPT [arguments]: one benchmark, recorded
     local name=$1 script=$2
@@ -39,10 +45,14 @@ step() { # those that can start nothing new shortly before their time, to end by
         small) bench small bench_ops --tables small --compile-budget 60 "${ending[@]}" ;;
         sublayer) bench sublayer bench_ops --tables sublayer --plot "$out/sublayer.png" \
             "${ending[@]}" ;;
+        chains) bench chains bench_ops --tables sublayer --ways "${chains[@]}" \
+            --shapes 8192x2560 4096x7168 16384x4096 "${ending[@]}" ;;
         ops) bench ops bench_ops --tables ops "${ending[@]}" ;;
         seam) bench seam bench_ops --tables seam "${ending[@]}" ;;
         model) bench model bench_model --width 2560 --per-pass --plot "$out/model.png" ;;
         model4096) bench model4096 bench_model --width 4096 --plot "$out/model4096.png" ;;
+        nets) bench nets bench_model --width 2560 4096 \
+            --ways "ours, hc.compile" "ours, v4.1, hc.compile" ;;
         tests) gpu_tests tests ;;
         recompute) bench recompute bench_model --quick --width 2560 --layers 8 --recompute \
             --memory-plot "$out/memory.png" ;;

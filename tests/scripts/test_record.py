@@ -9,7 +9,10 @@ import pytest
 
 from profiles.machine import ROOT
 
-STAND_IN = '#!/bin/sh\n[ "$2" = pytest ] || echo "$CUDA_VISIBLE_DEVICES" "$@" | tee -a "$CALLS"\n'
+STAND_IN = """#!/usr/bin/env bash
+call="$(printf '%q ' "$CUDA_VISIBLE_DEVICES" "$@")"
+[ "$2" = pytest ] || echo "$call" | tee -a "$CALLS"
+"""
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
@@ -22,9 +25,9 @@ def test_every_step_is_called_with_options_that_exist(tmp_path, gpus):
     env = os.environ | given | {"CUDA_VISIBLE_DEVICES": "5,6,7"}
     command = ["bash", "scripts/record.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, check=True)
-    assert done.stdout.count(": exit 0 after") == 18
+    assert done.stdout.count(": exit 0 after") == 20
     lines = [shlex.split(line) for line in calls.read_text().splitlines()]
-    assert len(lines) == 16
+    assert len(lines) == 18
     for devices, _, script, *options in lines:
         args = importlib.import_module(script).parse(options)
         assert args.commit == "abc"
