@@ -24,6 +24,9 @@ from custom_ops.registration import define, double_backward, use_triton
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
 FUSED_ALIGNMENT = 16  # other widths take narrow loads, whose addresses spill
+# Whether a boundary of 4 streams without a ghost has its backward at once, too: off, as that was
+# compiled for sm_90 and interpreted, but neither tested nor timed on a GPU.
+WITHOUT_GHOST = False
 
 
 def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool:
@@ -48,14 +51,15 @@ def backward_fits(
 ) -> bool:
     """Whether one kernel, on Hopper, forms ∂x' of 4 streams from one cotangent, and uses it.
 
-    It writes ∂x' for the ghost of x, or ∂x where x is one stream, which has none.
+    It writes ∂x' for the ghost of x, or ∂x where there is none: x may then be one stream.
     """
     if (g is None) == (dghost is None) or not fits(x, y, post, res, c):
         return False
     from custom_ops.kernels.launch import generation
 
     return (
-        x.shape[-2] == (4 if has_ghost else 1)
+        (x.shape[-2] == 4 if has_ghost else x.shape[-2] == 1 or WITHOUT_GHOST)
+        and x.shape[-2] in (1, 4)
         and c.streams == 4
         and y.dtype == x.dtype
         and x.shape[-1] % 64 == 0
@@ -131,7 +135,7 @@ def backward(
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
         if dghost is None:
             next_res = torch.eye(4, device=x.device).expand(next_res.shape)
-        given = (write, streams, g if dghost is None else dghost, next_res, phi)
+        given = (write, streams, g if dghost is None else dghost, next_res, phi, has_ghost)
         dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, *given)
         return dx, dy, dpost, dres, dphi, *before.gradients(dots, carried)  # type: ignore[return-value]
     total, *grads = pre_op.backward(
@@ -142,7 +146,7 @@ def backward(
     return dx, dy, dpost, dres, *grads  # type: ignore[return-value]
 
 
-def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi):
+def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi, has_ghost: bool):
     """∂x' or ∂x, with it ∂y, ∂post, ∂res of the write that made x', and ⟨du, x'⟩; then ∂φ."""
     from custom_ops.kernels.boundary_backward import boundary_backward
 
@@ -164,6 +168,7 @@ def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi):
         before.dp.contiguous(),
         before.dss.contiguous(),
         before.wants_dots,
+        has_ghost,
     )
     return dx, dy, dpost.to(post.dtype), dres.to(res.dtype), dphi.to(phi.dtype), dots
 

@@ -144,8 +144,9 @@ def boundary_backward(incoming, outgoing, width=2560):
     write = (wide(incoming), wide(), vector, torch.empty(TOKENS, 4, incoming))
     read = (wide(4), wide(), wide(outgoing), vector, torch.empty(TOKENS, outgoing, 4))
     rest = (torch.empty(24, 4 * width), torch.empty(TOKENS, 24), torch.empty(TOKENS))
-    kernels.boundary_backward(*write, *read, *rest, True)
-    kernels.boundary_backward(*write, *read, *rest, False)
+    for with_dots in (True, False):
+        for ghost in {incoming == 4, False}:
+            kernels.boundary_backward(*write, *read, *rest, with_dots, ghost)
 
 
 def coefficients(width=2560, splits=4, **record):

@@ -5,8 +5,8 @@ x' = res x + post y was written by the forward. Given g, the cotangent of the ne
     dx'_i = Σ_k mix_ki g_k + pre_i du + (φᵀdp)_i + 2·dss·x'_i
     dy = Σ_i post_i dx'_i     dpost_i = ⟨dx'_i, y⟩     dres_ij = ⟨dx'_i, x_j⟩     ⟨du, x'_i⟩
 
-At the first boundary of a network x may be one stream: then dx = Σ_i res_i dx'_i leaves the kernel
-in place of dx'. At the last g may be one, the same for all.
+Where x has a ghost dx' leaves the kernel, for the ghost; else dx_j = Σ_i res_ij dx'_i does. At the
+first boundary of a network x may be one stream, at the last g, the same for all.
 
 The mixing is left to the tensor cores, four tokens at a time (boundary_blocks.py). What has one
 row a token is read together, 4 rows of each: y, du, x if it is one stream, and g if it is. Of y
@@ -29,6 +29,7 @@ from custom_ops.kernels.boundary_blocks import (
     hc_over_streams,
     hc_place,
     hc_short,
+    hc_turned,
 )
 from custom_ops.kernels.launch import cdiv, launch, tokens_of
 from custom_ops.kernels.pre_pack import coefficient_blocks, pack_dp, pack_phi
@@ -64,6 +65,7 @@ def hc_boundary_backward(
     width,
     IN: tl.constexpr,
     G: tl.constexpr,
+    GHOST: tl.constexpr,
     DOTS: tl.constexpr,
     ROWS: tl.constexpr,
     SPANS: tl.constexpr,
@@ -96,6 +98,8 @@ def hc_boundary_backward(
         res_offs = (token + own) * 16 + stream * 4 + k % 4
         res_mask = kept & (k // 4 == place)
         res_high, res_low = hc_halves(tl.load(res_ptr + res_offs, mask=res_mask, other=0.0))
+        if not GHOST:
+            back = hc_operands(hc_turned(res_ptr, token, left, BLOCKS), False)
     else:
         write += hc_beside(res_ptr, token, left, 2, PAIRS, BLOCKS)
         res = tl.load(res_ptr + (token + own) * 4 + stream, mask=kept, other=0.0)
@@ -164,7 +168,8 @@ def hc_boundary_backward(
             beside = tl.where(k // 4 == 1, tl.dot(again, thin), beside)
         dots += beside
         if IN == 4:
-            tl.store(dx_ptrs + start, done.to(dx_ptr.dtype.element_ty), mask=kept)
+            dx = done if GHOST else hc_short(tl.dot(back[1], done, tl.dot(back[0], done)))
+            tl.store(dx_ptrs + start, dx.to(dx_ptr.dtype.element_ty), mask=kept)
             dres += tl.dot(done, tl.trans(x, (0, 2, 1)))
         else:
             dx = hc_over_streams(wide * res, BLOCKS).to(dx_ptr.dtype.element_ty)
@@ -231,12 +236,14 @@ def boundary_backward(
     dp: torch.Tensor,
     dss: torch.Tensor,
     with_dots: bool,
+    ghost: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """∂x' [T, 4, C] bf16, dy [T, C], dpost [T, 4], dres [T, 4, n], dφ [M, 4·C], ⟨du, x'⟩ or None.
+    """∂x' (with a ghost) or ∂x [T, n, C], dy [T, C] bf16; dpost [T, 4], dres [T, 4, n],
+    dφ [M, 4·C], ⟨du, x'⟩ [T, 4] or None fp32.
 
     Args: x [T, n, C], streams (x') [T, 4, C], g [T, n', C], y and du [T, C] bf16; post, pre
     [T, 4], res [T, 4, n], mix [T, n', 4], phi [M, 4·C], dp [T, M], dss [T] fp32; contiguous; n and
-    n' are 1 or 4, M ≤ 32, C a multiple of 64. With n = 1 ∂x [T, 1, C] comes in place of ∂x'.
+    n' are 1 or 4, M ≤ 32, C a multiple of 64; a ghost with n = 4 only.
     Moves: n + n' + 7 (n = 4) or n' + 5, and 4 for dφ.
     """
     tokens, (incoming, width) = tokens_of(x), x.shape[-2:]
@@ -255,6 +262,7 @@ def boundary_backward(
         *(dx, dy, shares, tokens, width),
         IN=incoming,
         G=g.shape[-2],
+        GHOST=ghost,
         DOTS=with_dots,
         ROWS=sum(coefficient_blocks(phi.shape[0])),
         SPANS=spans,

@@ -65,6 +65,20 @@ def hc_beside(
 
 
 @triton.jit
+def hc_turned(res_ptr, first, left, BLOCKS: tl.constexpr):
+    """[BLOCKS, 16, 16]: the blocks of res [T, 4, 4] whose rows and columns are a block's rows.
+
+    As it lies it is resᵀ turned: what `hc_operands` takes to make resᵀ.
+    """
+    b = tl.arange(0, BLOCKS)[:, None, None]
+    same, i = hc_place(tl.arange(0, 16)[None, :, None])
+    token, j = hc_place(tl.arange(0, 16)[None, None, :])
+    inside = (b * 4 + token < left) & (same == token)
+    offs = tl.max_contiguous((first + b * 4 + token) * 16 + i * 4 + j, (1, 1, 2))
+    return tl.load(res_ptr + offs, mask=inside, other=0.0)
+
+
+@triton.jit
 def hc_operands(turned, PAIRS: tl.constexpr):
     """Weights of `hc_beside` as operands: both halves in the first if PAIRS, else one each."""
     high, low = hc_halves(turned)
