@@ -57,9 +57,9 @@ def backward_fits(
         return False
     from custom_ops.kernels.launch import generation
 
+    incoming = (4,) if has_ghost else (1, 4) if WITHOUT_GHOST else (1,)
     return (
-        (x.shape[-2] == 4 if has_ghost else x.shape[-2] == 1 or WITHOUT_GHOST)
-        and x.shape[-2] in (1, 4)
+        x.shape[-2] in incoming
         and c.streams == 4
         and y.dtype == x.dtype
         and x.shape[-1] % 64 == 0

@@ -98,7 +98,7 @@ def tag(graph: Graph, policy: Policy) -> None:
         written = list(_origins(streams[group]))[-1] if group in streams else None
         for node in _reads(nodes, streams):
             *parts, origin = _origins(node)
-            if origin is not written:
+            if origin is not written:  # else one kernel makes the streams, too: it may run again
                 siblings = () if _is_tensor(origin) else tuple(origin.users)
                 parts += [origin, *siblings]
             for part in parts:
