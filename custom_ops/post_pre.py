@@ -133,10 +133,9 @@ def backward(
     c, write = parse(spec), (x, y, post, res)
     if backward_fits(*write, g, dghost, has_ghost, c):
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
-        if dghost is None:
-            next_res = torch.eye(4, device=x.device).expand(next_res.shape)
-        given = (write, streams, g if dghost is None else dghost, next_res, phi, has_ghost)
-        dx, dy, dpost, dres, dphi, dots = _backward_at_once(before, *given)
+        above = pre_op.from_above(dghost, g, next_res, streams)[:2]
+        given = (before, write, streams, *above, phi, has_ghost)
+        dx, dy, dpost, dres, dphi, dots = _backward_at_once(*given)
         return dx, dy, dpost, dres, dphi, *before.gradients(dots, carried)  # type: ignore[return-value]
     total, *grads = pre_op.backward(
         du, dpre, dpost, dres, dghost, streams, *parameters, *saved, spec, g
@@ -150,8 +149,6 @@ def _backward_at_once(before: pre_op.Before, write, streams, g, mix, phi, has_gh
     """∂x' or ∂x, with it ∂y, ∂post, ∂res of the write that made x', and ⟨du, x'⟩; then ∂φ."""
     from custom_ops.kernels.boundary_backward import boundary_backward
 
-    if g.stride(-2) == 0:  # one cotangent for all streams
-        g, mix = g[..., :1, :], mix.sum(-2, keepdim=True)
     x, y, post, res = write
     assert before.dp is not None and before.dss is not None
     dx, dy, dpost, dres, dphi, dots = boundary_backward(

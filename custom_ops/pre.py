@@ -99,15 +99,28 @@ def backward(
     c = parse(spec)
     parameters = (phi, alpha, bias, weight, shift, carried)
     before = before_dx(c, du, dpre, dpost, dres, x, parameters, (pre, post, res, p, ss))
-    if g is None and extra is not None:
-        g, extra = extra, None
-        res = torch.eye(c.streams, dtype=res.dtype, device=res.device)
-    res_all = None if g is None else agg.per_token(res, x.shape[:-2], 2)
-    if g is not None and res_all is not None and g.stride(-2) == 0 and c.streams > 1:
-        g, res_all = g[..., :1, :], res_all.sum(-2, keepdim=True)  # one cotangent for all streams
+    g, res_all, extra = from_above(g, extra, res, x)
     known = (before.du, before.weights, phi, before.dp, before.dss)
     dx, dphi, dots = _form_dx(x, *known, g, res_all, before.wants_dots, c)
     return dx if extra is None else dx + extra, dphi, *before.gradients(dots, carried)
+
+
+def from_above(
+    g: Tensor | None, extra: Tensor | None, res: Tensor, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """g and the res of every token that mixes it, one row of each if all streams have one g.
+
+    Without g extra takes its place, with the identity for res; the last result is extra else.
+    """
+    if g is None and extra is not None:
+        g, extra = extra, None
+        res = torch.eye(res.shape[-1], dtype=res.dtype, device=res.device)
+    if g is None:
+        return None, None, None
+    res = agg.per_token(res, x.shape[:-2], 2)
+    if g.stride(-2) == 0 and g.shape[-2] > 1:
+        g, res = g[..., :1, :], res.sum(-2, keepdim=True)
+    return g, res, extra
 
 
 class Before(NamedTuple):

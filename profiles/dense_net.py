@@ -76,7 +76,6 @@ RECOMPUTE: dict[str, ModelWay] = {
     for name, preset, policy in (
         ("", "mhc", "coefficients"),
         ("", "mhc", "streams"),
-        ("v4.1, ", "mhc-v4.1", "none"),
         ("v4.1, ", "mhc-v4.1", "streams"),
     )
 }

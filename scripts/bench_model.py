@@ -47,6 +47,8 @@ CPU_NET = Net(32, heads=2, ffn=64, layers=1, batch=2, length=16, iterations=2)
 # Every way compiles the same code once more: past the usual limit Dynamo would run it eagerly.
 GRAPHS = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 QUICK_WAYS = ("residual", "ours, hc.compile")
+# Without a policy, by how the names of recompute policies begin.
+BASES = {"": "ours, hc.compile", "v4.1, ": "ours, v4.1, hc.compile"}
 
 
 def bench_net(
@@ -85,12 +87,12 @@ def time_ways(
 
 def bench_saved(net: Net, device: str) -> list[dict]:
     """What each policy keeps for the backward, as a multiple of one x a sublayer."""
+    h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
+    x = h.unsqueeze(-2).expand(*h.shape[:-1], net.streams, net.width)
+    whole = x.numel() * x.element_size() * 2 * net.layers
     records = []
-    for name, way in (("", "ours, hc.compile"), ("v4.1, ", "ours, v4.1, hc.compile")):
+    for name, way in BASES.items():
         trunk = Trunk(net, WAYS[way], device)
-        h = torch.randn(net.batch, net.length, net.width, device=device).to(net.dtype)
-        x = h.unsqueeze(-2).expand(*h.shape[:-1], net.streams, net.width)
-        whole = x.numel() * x.element_size() * 2 * net.layers
         for policy in ("none", "coefficients", "streams"):
             note(f"C = {net.width}: partitioning with recompute={policy} ({way})")
             forward, kept = saved_by(trunk, policy, x)
@@ -112,7 +114,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> dict:
         ways = {name: way for name, way in ways.items() if name in ("residual", *args.ways)}
     if args.quick or not cuda:
         ways = {name: way for name, way in ways.items() if name in QUICK_WAYS}
-    ways |= RECOMPUTE if args.recompute else {}
+    if args.recompute:
+        ways |= {name: WAYS[name] for name in BASES.values()} | RECOMPUTE
     if args.eager:
         ways = {name: replace(way, compile=None) for name, way in ways.items()}
     rounds, repeats = (2, 5) if args.quick or not cuda else (6, 10)

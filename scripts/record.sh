@@ -16,7 +16,7 @@ python="${PYTHON:-$(command -v python || command -v python3)}" workers="${WORKER
 declare -A limit=(
     [gate]=120 [small]=110 [sublayer]=260 [chains]=220 [ops]=160 [seam]=60 [model]=340
     [model4096]=260 [nets]=170
-    [tests]=420 [recompute]=280 [compile]=300 [inference]=280 [compat]=480 [layers]=260
+    [tests]=420 [recompute]=400 [compile]=300 [inference]=280 [compat]=480 [layers]=260
     [paths]=200 [quickstart]=200 [integrations]=280 [integrations2]=420
     [kernels]=150
 )

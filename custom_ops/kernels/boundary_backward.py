@@ -99,16 +99,12 @@ def hc_boundary_backward(
         res_mask = kept & (k // 4 == place)
         res_high, res_low = hc_halves(tl.load(res_ptr + res_offs, mask=res_mask, other=0.0))
         if not GHOST:
-            back = hc_operands(hc_turned(res_ptr, token, left, BLOCKS), False)
+            back = hc_operands(hc_turned(res_ptr, token, left, False, BLOCKS), False)
     else:
         write += hc_beside(res_ptr, token, left, 2, PAIRS, BLOCKS)
         res = tl.load(res_ptr + (token + own) * 4 + stream, mask=kept, other=0.0)
     if G == 4:
-        across, across_stream = hc_place(k)  # turned, as in hc_beside
-        mix_offs = (token + b * 4 + across) * 16 + r % 4 * 4 + across_stream
-        mix_mask = (b * 4 + across < left) & (r // 4 == across)
-        mix_ptrs = mix_ptr + tl.max_contiguous(mix_offs, (1, 1, 2))
-        mix = hc_operands(tl.load(mix_ptrs, mask=mix_mask, other=0.0), False)
+        mix = hc_operands(hc_turned(mix_ptr, token, left, True, BLOCKS), False)
     else:
         read += hc_beside(mix_ptr, token, left, 3, PAIRS, BLOCKS)
     write = hc_operands(write, PAIRS)

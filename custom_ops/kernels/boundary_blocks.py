@@ -65,22 +65,26 @@ def hc_beside(
 
 
 @triton.jit
-def hc_turned(res_ptr, first, left, BLOCKS: tl.constexpr):
-    """[BLOCKS, 16, 16]: the blocks of res [T, 4, 4] whose rows and columns are a block's rows.
+def hc_turned(matrix_ptr, first, left, IN_MEMORY: tl.constexpr, BLOCKS: tl.constexpr):
+    """[BLOCKS, 16, 16]: the blocks [k, r] of matrices [T, 4, 4], turned as those of `hc_beside`.
 
-    As it lies it is resᵀ turned: what `hc_operands` takes to make resᵀ.
+    As operands they are transposed matrices times rows that lie as IN_MEMORY, or as a block's.
     """
     b = tl.arange(0, BLOCKS)[:, None, None]
-    same, i = hc_place(tl.arange(0, 16)[None, :, None])
-    token, j = hc_place(tl.arange(0, 16)[None, None, :])
-    inside = (b * 4 + token < left) & (same == token)
-    offs = tl.max_contiguous((first + b * 4 + token) * 16 + i * 4 + j, (1, 1, 2))
-    return tl.load(res_ptr + offs, mask=inside, other=0.0)
+    k = tl.arange(0, 16)[None, :, None]
+    token, column = hc_place(tl.arange(0, 16)[None, None, :])
+    if IN_MEMORY:
+        token_k, row = k // 4, k % 4
+    else:
+        token_k, row = hc_place(k)
+    inside = (b * 4 + token < left) & (token_k == token)
+    offs = tl.max_contiguous((first + b * 4 + token) * 16 + row * 4 + column, (1, 1, 2))
+    return tl.load(matrix_ptr + offs, mask=inside, other=0.0)
 
 
 @triton.jit
 def hc_operands(turned, PAIRS: tl.constexpr):
-    """Weights of `hc_beside` as operands: both halves in the first if PAIRS, else one each."""
+    """Turned weights as operands: both halves in the first if PAIRS, else one each."""
     high, low = hc_halves(turned)
     if PAIRS:
         high = tl.where(tl.arange(0, 16)[None, :, None] < 8, high, low)

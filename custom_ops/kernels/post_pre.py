@@ -195,8 +195,8 @@ def post_project_tile(x: torch.Tensor, coefficients: int, operand: torch.dtype) 
     """Tile of `post_project`, from M and the type its operands have in the tensor cores.
 
     H100, bf16, n = 4, µs with `carried` at 8192×2560, 16384×4096, 4096×7168, 600×7168: 162, 484,
-    228, 51; with 64 tokens, 8 warps, 3 stages 161, 500, 230, 41; with 4 spans at all widths 162,
-    500, 233, 47, and so with 64 tokens 163, 512, 240, 68.
+    228, 51; with 4 spans at all widths 162, 500, 233, 47. With 64 tokens, 8 warps, 3 stages and 4
+    spans 163, 512, 240, 68, and 8 spans 161, 500, 230, 41.
     """
     half, old = operand == torch.bfloat16, generation(x.device) < 9
     return {

@@ -1,5 +1,7 @@
 """The backward of a boundary at once, against float64 and against the two kernels it replaces."""
 
+from copy import copy
+
 import pytest
 import torch
 
@@ -77,18 +79,20 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_against_float64(shape, ends):
     """No worse than the two kernels, but for ⟨du, x'⟩: x' may be made with other last bits."""
     case = Boundary(*shape, 24, *ends)
-    exact = case.exact()
-    one, two = errors(case.at_once(), exact), errors(case.two_kernels(), exact)
-    for name, a, b in zip(("dx", "dy", "dpost", "dres", "dphi", "dots"), one, two, strict=True):
-        least = {"dphi": 2e-5, "dots": 5e-3}.get(name, 0.0)
-        assert a <= max(1.5 * b, least), (name, a, b)
+    exact, made = case.exact(), case.at_once()
+    one, two = errors(made, exact), errors(case.two_kernels(), exact)
+    names = ("dx", "dy", "dpost", "dres", "dphi")
+    for name, a, b in zip(names, one[:5], two[:5], strict=True):
+        assert a <= max(1.5 * b, 2e-5 if name == "dphi" else 0.0), (name, a, b)
+    few = shape == (1, 64)  # where one last bit shows; of 18,000 one that is wrong is 7e-3
+    assert off(made[5], exact[5]) < (2e-3 if few else 6e-4)
 
 
 def test_without_dots():
     case = Boundary(33, 128)
     *made, none = case.at_once(with_dots=False)
     assert none is None
-    for a, b in zip(made, case.at_once(), strict=False):
+    for a, b in zip(made, case.at_once(), strict=False):  # dpost may be added up elsewhere
         assert off(a, b) < 1e-6
 
 
@@ -162,8 +166,7 @@ def test_a_token_does_not_depend_on_the_others(ends):
     whole = case.at_once()
     names = ("x", "g", "y", "du", "post", "pre", "res", "mix", "dp", "dss", "streams")
     for first, last in ((0, 1), (3, 22), (17, 41)):
-        part = object.__new__(Boundary)
-        part.phi, part.ghost = case.phi, case.ghost
+        part = copy(case)
         for name in names:
             setattr(part, name, getattr(case, name)[first:last].contiguous())
         for index, (a, b) in enumerate(zip(part.at_once(), whole, strict=True)):
