@@ -8,8 +8,8 @@ network (one stream in) and its mean (one out) need.
 Ghost: `hc::pre` can also return an all-zero, zero-stride stand-in for x. A post that takes it
 sends its own cotangent through it and gives x no gradient, so that the backward of that pre forms
 the whole of ∂x in one pass instead of adding two stream tensors. A post of one stream out of many
-takes it only where its row of res is the sum of the rows that the pre made: its cotangent is then
-that of every stream.
+takes it only where its row of res is the sum of the rows that the pre made (its cotangent is then
+that of every stream) or where the ghost is one row, whose weights are those of the post.
 """
 
 import torch
@@ -126,15 +126,14 @@ post_backward = define("post_backward", backward, _backward_fake)
 
 def _setup_context(ctx, inputs, output):
     x, y, post, res, ghost = inputs
-    ctx.has_ghost = ghost is not None
-    ctx.shape = x.shape
+    ctx.ghost = None if ghost is None else ghost.shape
     ctx.save_for_backward(x, y, post, res)
 
 
 def _autograd(ctx, g):
-    need_dx = ctx.needs_input_grad[0] and not ctx.has_ghost
+    need_dx = ctx.needs_input_grad[0] and ctx.ghost is None
     dx, dy, dpost, dres = torch.ops.hc.post_backward(g, *ctx.saved_tensors, need_dx)
-    dghost = g.expand(ctx.shape) if ctx.has_ghost else None
+    dghost = None if ctx.ghost is None else g.expand(ctx.ghost)
     return dx if need_dx else None, dy, dpost, dres, dghost
 
 

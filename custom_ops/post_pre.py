@@ -24,9 +24,6 @@ from custom_ops.registration import define, double_backward, use_triton
 FUSED_STREAMS = 4
 FUSED_COEFFICIENTS = 32
 FUSED_ALIGNMENT = 16  # other widths take narrow loads, whose addresses spill
-# Whether a boundary of 4 streams without a ghost has its backward at once, too: off, as that was
-# compiled for sm_90 and interpreted, but neither tested nor timed on a GPU.
-WITHOUT_GHOST = False
 
 
 def fits(x: Tensor, y: Tensor, post: Tensor, res: Tensor, c: Constraint) -> bool:
@@ -57,9 +54,8 @@ def backward_fits(
         return False
     from custom_ops.kernels.launch import generation
 
-    incoming = (4,) if has_ghost else (1, 4) if WITHOUT_GHOST else (1,)
     return (
-        x.shape[-2] in incoming
+        x.shape[-2] in ((4,) if has_ghost else (1, 4))
         and c.streams == 4
         and y.dtype == x.dtype
         and x.shape[-1] % 64 == 0
@@ -81,19 +77,29 @@ def forward(
     weight: Tensor | None = None,
     shift: Tensor | None = None,
     carried: Tensor | None = None,
+    weighed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     c = parse(spec)
     if not fits(x, y, post, res, c):
         streams = post_op.forward(x, y, post, res)
-        rest = (spec, with_ghost, weight, shift, carried)
-        return streams, *pre_op.forward(streams, phi, alpha, bias, *rest)
+        rest = (spec, False, weight, shift, carried)
+        *made, _ = pre_op.forward(streams, phi, alpha, bias, *rest)
+        return streams, *made, _ghost(streams, with_ghost, weighed)  # type: ignore[return-value]
     once = carried if c.read_norm == "none" else None  # a norm needs the whole row of u
     streams, u, *coefficients, p, ss = _fused_write(x, y, post, res, phi, alpha, bias, once, c)
     if u is None:
         weights = coefficients[0] if carried is None else carried
         u = pre_op.read(streams, weights, weight, shift, c)
-    next_ghost = x.new_zeros(()).expand(streams.shape) if with_ghost else x.new_empty(0)
-    return streams, u, *coefficients, p, ss, next_ghost  # type: ignore[return-value]
+    ghost = _ghost(streams, with_ghost, weighed)
+    return streams, u, *coefficients, p, ss, ghost  # type: ignore[return-value]
+
+
+def _ghost(streams: Tensor, with_ghost: bool, weighed: bool) -> Tensor:
+    """The stand-in for the streams, or for what is left of them."""
+    if not with_ghost:
+        return streams.new_empty(0)
+    *lead, count, width = streams.shape
+    return streams.new_zeros(()).expand(*lead, 1 if weighed else count, width)
 
 
 def backward(
@@ -133,7 +139,7 @@ def backward(
     c, write = parse(spec), (x, y, post, res)
     if backward_fits(*write, g, dghost, has_ghost, c):
         before = pre_op.before_dx(c, du, dpre, dpost, dres, streams, parameters, saved)
-        above = pre_op.from_above(dghost, g, next_res, streams)[:2]
+        above = pre_op.from_above(dghost, g, next_pre, next_res, streams)[:2]
         given = (before, write, streams, *above, phi, has_ghost)
         dx, dy, dpost, dres, dphi, dots = _backward_at_once(*given)
         return dx, dy, dpost, dres, dphi, *before.gradients(dots, carried)  # type: ignore[return-value]
@@ -195,9 +201,11 @@ def _fake(
     weight=None,
     shift=None,
     carried=None,
+    weighed=False,
 ):
     streams = post_op._fake(x, y, post, res)
-    return streams, *pre_op._fake(streams, phi, alpha, bias, spec, with_ghost)
+    *made, _ = pre_op._fake(streams, phi, alpha, bias, spec)
+    return streams, *made, _ghost(streams, with_ghost, weighed)
 
 
 def _backward_fake(g, du, dpre, dpost, dres, dghost, x, *rest):
@@ -212,7 +220,7 @@ post_pre_backward = define("post_pre_backward", backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    *primals, ctx.spec, ghost, with_ghost, weight, shift, carried = inputs
+    *primals, ctx.spec, ghost, with_ghost, weight, shift, carried, _ = inputs
     streams, u, *coefficients, p, ss, next_ghost = output
     ctx.mark_non_differentiable(p, ss, *(() if with_ghost else (next_ghost,)))
     ctx.set_materialize_grads(False)
@@ -229,7 +237,7 @@ def _autograd(ctx, g, du, dpre, dpost, dres, dp, dss, dghost):
     )
     present = [d if t is not None else None for d, t in zip(grads, saved[1:10], strict=True)]
     dx, dghost = (None, dx) if ctx.has_ghost else (dx, None)
-    return dx, *present[:6], None, dghost, None, *present[6:]
+    return dx, *present[:6], None, dghost, None, *present[6:], None
 
 
 post_pre.register_autograd(_autograd, setup_context=_setup_context)

@@ -99,19 +99,22 @@ def backward(
     c = parse(spec)
     parameters = (phi, alpha, bias, weight, shift, carried)
     before = before_dx(c, du, dpre, dpost, dres, x, parameters, (pre, post, res, p, ss))
-    g, res_all, extra = from_above(g, extra, res, x)
+    g, res_all, extra = from_above(g, extra, pre, res, x)
     known = (before.du, before.weights, phi, before.dp, before.dss)
     dx, dphi, dots = _form_dx(x, *known, g, res_all, before.wants_dots, c)
     return dx if extra is None else dx + extra, dphi, *before.gradients(dots, carried)
 
 
 def from_above(
-    g: Tensor | None, extra: Tensor | None, res: Tensor, x: Tensor
+    g: Tensor | None, extra: Tensor | None, pre: Tensor, res: Tensor, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """g and the res of every token that mixes it, one row of each if all streams have one g.
 
-    Without g extra takes its place, with the identity for res; the last result is extra else.
+    A g of one row belongs to the next streams weighed by pre (post_pre.py). Without g extra takes
+    its place, with the identity for res; the last result is extra else.
     """
+    if g is not None and g.shape[-2] < x.shape[-2]:
+        res = (pre.unsqueeze(-1) * res).sum(-2, keepdim=True)
     if g is None and extra is not None:
         g, extra = extra, None
         res = torch.eye(res.shape[-1], dtype=res.dtype, device=res.device)

@@ -129,6 +129,25 @@ def emit(graph: Graph, target: Callable | str, *args: Any, **kwargs: Any) -> Nod
     return node
 
 
+def reissue(graph: Graph, node: Node, given: dict, region: dict[Node, tuple]) -> Node:
+    """The call of an op again with other arguments, in place of a node that is unpacked."""
+    with graph.inserting_before(node):
+        new = emit(graph, node.target, *given.values())  # type: ignore[arg-type]
+    new.meta = dict(node.meta) | new.meta
+    region[new] = region[node]
+    for index, items in outputs(node).items():
+        for item in items:
+            with graph.inserting_before(item):
+                replacement = take(graph, new, index, like=item)
+            if value(new) is not None:
+                replacement.meta["example_value"] = value(new)[index]
+            region[replacement] = region[item]
+            item.replace_all_uses_with(replacement)
+            graph.erase_node(item)
+    graph.erase_node(node)
+    return new
+
+
 def value(node: Node) -> Any:
     """The node's fake result, None where there is none."""
     return node.meta.get("example_value", node.meta.get("val"))

@@ -6,8 +6,9 @@ before                                       after
 
 The cotangent of every x'ᵢ is then the same, so the ghost of x carries one stream to the backward
 of the pre that made it. The same for sums. Where n is no power of two or fp16 might overflow, the
-mean is taken of post and res and ∂x is formed twice; so it is for h = hc.aggregate(x', pre), by
-which DeepSeek-V4.1 leaves its streams, with Σᵢ preᵢ in place of the mean.
+mean is taken of post and res and ∂x is formed twice. h = hc.aggregate(x', pre), by which
+DeepSeek-V4.1 leaves its streams, is folded with Σᵢ preᵢ in place of the mean; where one
+hc.post_pre made x, pre and res, its ghost is one row (`weighed`), else ∂x is formed twice, too.
 
 C-units: 3n + 2 become n + 2 forward; backward, with that of the read before, 7n + 5 become 4n + 6.
 Numerics: better, not the same. x' is no longer rounded to the streams' dtype before the mean, so h
@@ -27,11 +28,17 @@ from hc_compile.passes.graph import (
     erase_unused,
     is_call,
     is_op,
+    only_unpacked,
     only_user,
+    outputs,
     regions,
+    reissue,
+    take,
     untouched,
     value,
 )
+
+STREAMS, PRE, RES, GHOST = 0, 2, 4, 7  # among the outputs of hc::post_pre
 
 
 def last_sublayer(graph: Graph) -> bool:
@@ -51,6 +58,10 @@ def _rewrite(graph: Graph, post: Node, region: dict) -> bool:
     if not untouched(post, *given.values(), *total.all_input_nodes):
         return False
     ghost = given["ghost"] if _alike(total, value(post)) else None
+    seam = _seam(given, total, region)
+    if seam is not None:
+        ghost = _weighed(graph, seam, region)
+        given = arguments(post, "post")  # of the new seam
     with graph.inserting_before(last):
         write = _reduced(graph, total, given["post"], -1, ghost is not None)
         mix = _reduced(graph, total, given["res"], -2, ghost is not None)
@@ -62,6 +73,42 @@ def _rewrite(graph: Graph, post: Node, region: dict) -> bool:
     last.replace_all_uses_with(h)
     erase_unused(graph, *reversed(chain), post, given["ghost"])
     return True
+
+
+def _seam(given: dict[str, Any], total: Node, region: dict) -> Node | None:
+    """The hc::post_pre that made x, the weights of `total` and res, if its ghost is this post's.
+
+    Or nobody's: then a weighed ghost spares the second ∂x all the same.
+    """
+    if not is_op(total, "aggregate") or not isinstance(given["x"], Node):
+        return None
+    seam = given["x"].args[0] if given["x"].op == "call_function" else None
+    if not isinstance(seam, Node) or not is_op(seam, "post_pre") or not only_unpacked(seam):
+        return None
+    if value(seam) is None or not region[seam][0] or region[seam] != region[total]:
+        return None
+    items, weights = outputs(seam), arguments(total, "aggregate")["pre"]
+    needed = zip((STREAMS, PRE, RES), (given["x"], weights, given["res"]), strict=True)
+    if any(node not in items.get(index, []) for index, node in needed):
+        return None
+    ghosts = [user for ghost in items.get(GHOST, []) for user in ghost.users]
+    known = [given["ghost"]] if given["ghost"] is not None else []
+    free = len(ghosts) == len(known) and all(g in items.get(GHOST, []) for g in known)
+    return seam if free and value(given["x"]).shape[-2] > 1 else None
+
+
+def _weighed(graph: Graph, seam: Node, region: dict) -> Node:
+    """The ghost of the seam as one row, of which x' with its weights is the only user."""
+    changed = {"with_ghost": True, "weighed": True}
+    new = reissue(graph, seam, arguments(seam, "post_pre") | changed, region)
+    old = outputs(new).get(GHOST, [])
+    if old:
+        return old[0]
+    with graph.inserting_after(new):
+        ghost = take(graph, new, GHOST, like=None)
+    ghost.meta["example_value"] = value(new)[GHOST]
+    region[ghost] = region[new]
+    return ghost
 
 
 def _alike(total: Node, streams: torch.Tensor) -> bool:

@@ -16,11 +16,11 @@ from torch.fx import Graph, Node
 
 from hc_compile.passes.graph import (
     arguments,
-    emit,
     is_op,
     only_unpacked,
     outputs,
     regions,
+    reissue,
     square,
     take,
     untouched,
@@ -54,21 +54,11 @@ def _link(graph: Graph, read: Node, name: str, region: dict) -> bool:
     taken = arguments(write, op)
     if taken["ghost"] is not None or value(read) is None or not square(taken["res"]):
         return False
-    with graph.inserting_before(read):
-        new = emit(graph, read.target, *(given | {"with_ghost": True}).values())
-    new.meta = dict(read.meta) | new.meta
-    for index, items in outputs(read).items():
-        for item in items:
-            with graph.inserting_before(item):
-                replacement = take(graph, new, index, like=item)
-            item.replace_all_uses_with(replacement)
-            graph.erase_node(item)
-            region[replacement] = region[read]
-    graph.erase_node(read)
+    new = reissue(graph, read, given | {"with_ghost": True}, region)
     with graph.inserting_after(new):
         ghost = take(graph, new, READS[name], like=None)
         ghost.meta["example_value"] = value(new)[READS[name]]
-    region[new] = region[ghost] = region[write]
+    region[ghost] = region[write]
     taken = arguments(write, op)  # its x may be one of the replaced outputs
     write.args, write.kwargs = tuple((taken | {"ghost": ghost}).values()), {}
     return True

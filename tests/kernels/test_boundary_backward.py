@@ -104,10 +104,14 @@ def test_other_numbers_of_coefficients(coefficients):
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-@pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize("plain", [False, True])
-def test_the_op_does_the_same_at_once(plain, ends, delayed, monkeypatch):
-    """With the cotangent of a ghost, or that of the streams itself."""
+@pytest.mark.parametrize(
+    "above, ends",
+    [(kind, ends) for kind in ("ghost", "plain") for ends in ENDS]
+    + [("weighed", ends) for ends in ENDS if ends[1] == 1],
+    ids=str,
+)
+def test_the_op_does_the_same_at_once(above, ends, delayed, monkeypatch):
+    """With the cotangent of a ghost, of one that is one row, or that of the streams itself."""
     tokens, width = 21, 64
     case = Boundary(tokens, width, 24, *ends)
     c = Constraint(4, iterations=5)
@@ -119,12 +123,10 @@ def test_the_op_does_the_same_at_once(plain, ends, delayed, monkeypatch):
     given = [random(*t.shape, seed=20 + i) for i, t in enumerate(coefficients)]
     saved = (*write, case.phi, alpha, bias, None, None, carried, streams, *coefficients, p, ss)
 
-    monkeypatch.setattr(post_pre_op, "WITHOUT_GHOST", True)
-    cotangent = case.g.expand(tokens, 4, width)
-    above = (cotangent, None) if plain else (None, cotangent)
+    cotangent = case.g if above == "weighed" else case.g.expand(tokens, 4, width)
 
     def gradients():
-        g, dghost = above
+        g, dghost = (cotangent, None) if above == "plain" else (None, cotangent)
         rest = (dghost, *saved, c.spec, case.ghost)
         return post_pre_op.backward(g, case.du, *given, *rest)
 
@@ -142,7 +144,7 @@ def test_it_is_left_where_it_does_not_fit():
     write = (case.x, case.y, case.post, case.res)
     assert post_pre_op.backward_fits(*write, None, case.g, True, c)
     assert post_pre_op.backward_fits(*write, case.g, None, True, c)
-    assert not post_pre_op.backward_fits(*write, None, case.g, False, c)  # see WITHOUT_GHOST
+    assert post_pre_op.backward_fits(*write, None, case.g, False, c)
     assert not post_pre_op.backward_fits(*write, case.g, case.g, True, c)
     assert not post_pre_op.backward_fits(*write, None, None, True, c)
     narrow = Boundary(5, 80)
@@ -161,7 +163,10 @@ def test_bitwise_repeatable(ends):
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 def test_a_token_does_not_depend_on_the_others(ends):
-    """Each token's own results, bit for bit wherever it lies in the batch."""
+    """Each token's own results, bit for bit wherever it lies in the batch.
+
+    Interpreted, products are NumPy's, whose last bits depend on the place of a row on some CPUs.
+    """
     case = Boundary(41, 64, 24, *ends)
     whole = case.at_once()
     names = ("x", "g", "y", "du", "post", "pre", "res", "mix", "dp", "dss", "streams")
@@ -171,7 +176,9 @@ def test_a_token_does_not_depend_on_the_others(ends):
             setattr(part, name, getattr(case, name)[first:last].contiguous())
         for index, (a, b) in enumerate(zip(part.at_once(), whole, strict=True)):
             if index != 4:  # dφ is a sum over tokens
-                assert torch.equal(a, b[first:last]), (index, first, last)
+                same = torch.equal(a, b[first:last])
+                same = same or (INTERPRETED and off(a, b[first:last]) < 1e-6)
+                assert same, (index, first, last)
 
 
 def test_what_is_not_finite_stays_within_its_four_tokens():

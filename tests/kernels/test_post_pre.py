@@ -42,8 +42,10 @@ def composite(x, y, post, res, phi, alpha, bias, c, carried=None):
     return reference.post_pre(x, y, post, res, phi, alpha, bias, c, carried=carried)
 
 
-def fused(x, y, post, res, phi, alpha, bias, c, carried=None, ghost=None, with_ghost=False):
-    options = (c.spec, ghost, with_ghost, None, None, carried)
+def fused(
+    x, y, post, res, phi, alpha, bias, c, carried=None, ghost=None, with_ghost=False, weighed=False
+):
+    options = (c.spec, ghost, with_ghost, None, None, carried, weighed)
     return torch.ops.hc.post_pre(x, y, post, res, phi, alpha, bias, *options)
 
 
@@ -93,23 +95,30 @@ def test_of_one_stream():
     close(*results)
 
 
-def test_of_streams_that_are_summed():
+@pytest.mark.parametrize("width", [96, 128])  # of these the second has its backward at once
+@pytest.mark.parametrize("weighed", [False, True], ids=["summed", "weighed"])
+def test_of_streams_of_which_one_is_left(weighed, width):
     """The last post makes one stream: the ghost brings its cotangent back for all of them."""
-    inputs, c = boundary(37, 4, 96)
-    y, weights = normal(37, 96, seed=40).bfloat16(), normal(37, 4, seed=41)
+    inputs, c = boundary(37, 4, width)
+    y, weights = normal(37, width, seed=40).bfloat16(), normal(37, 4, seed=41)
     leaves = [t.requires_grad_() for t in (*inputs, y, weights)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    cotangent = normal(37, 1, 96, seed=42).bfloat16()
+    cotangent = normal(37, 1, width, seed=42).bfloat16()
 
     def plain(x, y0, post0, res0, phi, alpha, bias, y, weights):
         streams, u, pre, _, res = composite(x, y0, post0, res0, phi, alpha, bias, c)
-        return reference.post(streams, y + u, weights * pre, res).sum(-2, keepdim=True)
+        left = reference.post(streams, y + u, weights * pre, res)
+        return (pre[..., None] * left if weighed else left).sum(-2, keepdim=True)
 
     def ours(x, y0, post0, res0, phi, alpha, bias, y, weights):
         streams, u, pre, _, res, _, _, ghost = fused(
-            x, y0, post0, res0, phi, alpha, bias, c, with_ghost=True
+            x, y0, post0, res0, phi, alpha, bias, c, with_ghost=True, weighed=weighed
         )
-        write, mix = (weights * pre).sum(-1, keepdim=True), res.sum(-2, keepdim=True)
+        assert ghost.shape[-2] == (1 if weighed else 4)
+        write, mix = weights * pre, res
+        if weighed:
+            write, mix = pre * write, pre[..., None] * mix
+        write, mix = write.sum(-1, keepdim=True), mix.sum(-2, keepdim=True)
         return torch.ops.hc.post(streams.detach(), y + u, write, mix, ghost)
 
     results = []

@@ -64,18 +64,61 @@ def test_a_ghost_stays_where_one_cotangent_is_that_of_all_streams(n, reduce, kep
     assert ghosts == [True, kept]
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_streams_weighed_by_a_carried_pre_are_never_made(static):
+STATIC = draw(4, dtype=torch.float64)
+WEIGHTS = {
+    "its own": lambda x: x,
+    "static": lambda x: x._replace(pre=STATIC),
+    "scaled": lambda x: x._replace(pre=2 * x.pre),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_streams_weighed_by_a_carried_pre_are_never_made(name):
+    """Where the weights are those that the last seam made, its ghost is one row."""
     net, h = net_and_input("mhc-v4.1", 4)
-    weights = draw(4, dtype=torch.float64)
+    ghosts = []
 
     def function(h):
         x = net.expand(h)
         for k in range(3):
             x = block_of(net, k, x)
-        return net.reduce(x._replace(pre=weights) if static else x)
+        return net.reduce(WEIGHTS[name](x))
+
+    def look(graph):
+        posts = [arguments(n, "post")["ghost"] for n in graph.nodes if is_op(n, "post")]
+        ghosts.extend(None if ghost is None else tuple(value(ghost).shape) for ghost in posts)
+        return False
 
     assert folded(function, net, h) == [(1, DIM)]
+    results(with_passes(function, [last_sublayer, look]), net, h)
+    assert ghosts == [(*h.shape[:-1], 1, DIM) if name == "its own" else None]
+
+
+@torch.no_grad()
+def test_no_ghost_where_nothing_is_differentiated():
+    net, h = net_and_input("mhc-v4.1", 4)
+    seams = []
+
+    def look(graph):
+        seams.extend(arguments(n, "post_pre") for n in graph.nodes if is_op(n, "post_pre"))
+        return False
+
+    with_passes(net, [last_sublayer, look])(h)
+    assert seams and not any(seam["with_ghost"] or seam["weighed"] for seam in seams)
+
+
+def test_streams_that_are_also_returned_keep_both_gradients():
+    """x' of the last seam has another user: its cotangent is added to the row's."""
+    net, h = net_and_input("mhc-v4.1", 4)
+
+    def function(h):
+        x = net.expand(h)
+        for k in range(2):
+            x = block_of(net, k, x)
+        seen = hc.resolve(x) * 1.5
+        return net.reduce(block_of(net, 2, x)), seen
+
+    folded(function, net, h)
 
 
 def test_several_branches_weighed_stay():
