@@ -4,10 +4,11 @@ before                                       after
     x = expand(unsqueeze(h), n)                  h₁ = unsqueeze(h)                    [..., 1, C]
     u, pre, post, res, p, ss, ghost =            p, ss = hc.project(h₁, Σᵢ φᵢ)
         hc.pre(x, φ, α, b)                       pre, post, res = hc.constrain(p, n·ss, α, b)
-                                                 u = hc.aggregate(h₁, Σᵢ preᵢ)
+                                                 u = (Σᵢ preᵢ) h
     x' = hc.post(x, y, post, res, ghost)         x' = hc.post(h₁, y, post, Σⱼ res_ij)
 
-C-units, n = 4: 5n + 3 become n + 5 forward (x is never made), and ∂x is never formed.
+C-units, n = 4: 5n + 3 become n + 5 forward (x is never made), and ∂x is never formed. u is plain
+torch, so that Inductor makes it with what reads it, n + 3, and ∂h in one sum.
 Numerics: the same sums in another order. x is exactly h, so nothing is lost: Σφ, Σpre and Σres are
 fp32 sums of n terms in place of n products each, and x' and u are rounded once, as before. With
 one φ for every stream (projection "stream") φ is not summed and p is bitwise the same.
@@ -89,7 +90,7 @@ def _is_ours(user: Node, x: Node) -> bool:
     if not only_unpacked(user) or not untouched(*given.values()):
         return False
     if name == "post_pre":
-        return given["ghost"] is None
+        return given["ghost"] is None and not given["weighed"]
     c = parse(given["spec"])
     if c.projection == "static" or c.read_norm != "none" or value(given["phi"]) is None:
         return False
@@ -138,8 +139,7 @@ def _read(graph: Graph, pre: Node, row: Node) -> None:
         made = emit(graph, torch.ops.hc.constrain.default, *arguments_)
         coefficients = [_item(graph, made, k) for k in range(3)]
         weights = coefficients[0] if given["carried"] is None else given["carried"]
-        whole = emit(graph, torch.sum, weights, -1, keepdim=True)
-        u = emit(graph, torch.ops.hc.aggregate.default, row, whole)
+        u = _scaled(graph, row, emit(graph, torch.sum, weights, -1, keepdim=True))
     new = dict(enumerate([u, *coefficients, p, ss]))
     for index, items in outputs(pre).items():
         for item in items:
@@ -147,6 +147,16 @@ def _read(graph: Graph, pre: Node, row: Node) -> None:
                 item.replace_all_uses_with(new[index])
             graph.erase_node(item)
     graph.erase_node(pre)
+
+
+def _scaled(graph: Graph, row: Node, weights: Node) -> Node:
+    """u [..., C] of weights [..., 1], [..., V, C] of [..., V, 1], rounded as by hc::aggregate."""
+    views = value(weights).dim() == value(row).dim()
+    h = row if views else row.args[0]
+    assert isinstance(h, Node)
+    dtype = compute_dtype(value(h), value(weights))
+    wide = emit(graph, torch.mul, emit(graph, "to", h, dtype), emit(graph, "to", weights, dtype))
+    return emit(graph, "to", wide, value(h).dtype)
 
 
 def _project(graph: Graph, phi: Node, row: Node, c: Constraint) -> tuple[Node, Node]:

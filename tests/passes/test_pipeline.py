@@ -40,7 +40,6 @@ BEFORE = {"pre": 4, "post": 4, "pre_backward": 4, "post_backward": 4}
 AFTER = {
     "project": 1,
     "constrain": 1,
-    "aggregate": 1,
     "post": 1,
     "post_pre": 3,
 }
