@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import hc_compile as hc
+from hc_compile.passes.recompute import KEY
 from profiles import saved
 from profiles.stand_in import kernels_without_device
 from tests.test_presets import Net, draw
@@ -47,11 +48,14 @@ def main(layers: int, policy: str, preset: str) -> None:
     def count(forward, backward, outputs, streams, found):
         counted(forward, backward, outputs, streams, found)
         kept = found.streams / (x.numel() * x.element_size())
+        tensors = forward.graph.find_nodes(op="output")[0].args[0][outputs:]
+        bases = [saved._base(node) for node in tensors if isinstance(node, torch.fx.Node)]
+        rows = sum("row" in base.meta.get("custom", {}).get(KEY, ()) for base in bases)
         kernels = {
             "forward": kernel_counts(forward.graph),
             "backward": kernel_counts(backward.graph),
         }
-        print(json.dumps({"kept": kept, **kernels}))
+        print(json.dumps({"kept": kept, "rows": rows, **kernels}))
         raise Done
 
     saved._count = count

@@ -14,7 +14,9 @@ what a number stands for: MUST_SAVE the streams that are kept, MUST_RECOMPUTE th
 for what a branch reads, which is the branch's activation. Where one kernel writes the streams and
 projects them, the coefficients of kept streams (1 % of them) are kept too: to have them again, the
 streams would have to be read once more. Whatever the policy, a cast of streams to a wider dtype is
-not kept: left to itself the partitioner saves one of a network's last streams, in fp32.
+not kept: left to itself the partitioner saves one of a network's last streams, in fp32. The row
+that is left of the last streams is kept: to have it again, all of them would have to be read, but
+the partitioner counts only what is kept.
 """
 
 from collections.abc import Iterator
@@ -34,15 +36,23 @@ CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.d
 
 
 def annotate(graph: Graph) -> bool:
-    """Number the hc:: ops, and the sums of coefficients between them; nothing else changes."""
+    """Number the hc:: ops, and the sums of coefficients between them; nothing else changes.
+
+    Beside its number a node learns what its op writes: "streams", a "row", or nothing of them.
+    """
     numbered = ops(graph)
     for number, node in enumerate(numbered):
-        made = value(node)
-        one = is_op(node, "post") and made is not None and made.shape[-2] == 1
-        writes = any(is_op(node, name) for name in WRITES) and not one
+        writes = any(is_op(node, name) for name in WRITES)
+        kind = "row" if writes and _leaves_one(node) else "streams" if writes else "rest"
         for part in (node, *_sums(node, numbered)):
-            part.meta["custom"] = part.meta.get("custom", {}) | {KEY: (number, writes)}
+            part.meta["custom"] = part.meta.get("custom", {}) | {KEY: (number, kind)}
     return False
+
+
+def _leaves_one(node: Node) -> bool:
+    """Whether a write makes one stream of several."""
+    made = value(node) if is_op(node, "post") else None
+    return made is not None and made.shape[-2] == 1
 
 
 def _sums(node: Node, numbered: list[Node]) -> Iterator[Node]:
@@ -83,8 +93,11 @@ def tag(graph: Graph, policy: Policy) -> None:
         group = _group(node)
         if group is not None:
             groups.setdefault(group, []).append(node)
-    streams = {group: _streams(nodes) for group, nodes in groups.items() if group[1]}
-    streams = {group: node for group, node in streams.items() if node is not None}
+    wide = {g: n for g, nodes in groups.items() if (n := _largest(nodes)) is not None}
+    for (_, kind), node in wide.items():
+        if kind == "row":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    streams = {group: node for group, node in wide.items() if group[1] == "streams"}
     if not streams:
         return
     every = _every(policy, groups, streams)
@@ -94,7 +107,8 @@ def tag(graph: Graph, policy: Policy) -> None:
     for count, (group, node) in enumerate(streams.items(), start=1):
         if every and count % every == 0:
             _keep(node, groups[group])
-    for group, nodes in groups.items() if every else ():
+    others = {group: nodes for group, nodes in groups.items() if every and group[1] != "row"}
+    for group, nodes in others.items():
         written = list(_origins(streams[group]))[-1] if group in streams else None
         for node in _reads(nodes, streams):
             *parts, origin = _origins(node)
@@ -143,8 +157,8 @@ def _reads(nodes: list[Node], streams: dict) -> Iterator[Node]:
     return (node for node in _made(nodes, streams) if _leaves(node, hc=False))
 
 
-def _streams(nodes: list[Node]) -> Node | None:
-    """The streams that an op writes: the first of the largest tensors that leave it."""
+def _largest(nodes: list[Node]) -> Node | None:
+    """What an op writes, streams or a row: the first of the largest tensors that leave it."""
     made = list(_made(nodes, {}))
     return max(made, key=_bytes) if made else None
 
