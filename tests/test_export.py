@@ -19,7 +19,7 @@ from tests.passes.test_pipeline import net_and_input
 from tests.test_presets import DIM, draw
 
 ROOT = Path(__file__).parent.parent
-FUSED = {"project": 1, "constrain": 1, "aggregate": 1, "post": 1, "post_pre": 3}
+FUSED = {"project": 1, "constrain": 1, "post": 1, "post_pre": 3}
 
 
 def process(*command, cwd=ROOT, **environment):
@@ -111,7 +111,7 @@ def test_a_package_runs_where_the_project_is_not_installed(tmp_path):
         program = export(net, draw(5, WIDTH))
         aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         hc.uninstall()
-    assert seen == {"project": 1, "constrain": 1, "aggregate": 1, "post": 1, "post_pre": 1}
+    assert seen == {"project": 1, "constrain": 1, "post": 1, "post_pre": 1}
     found = process("-c", WITHOUT_US, tmp_path / "model.pt2", cwd=tmp_path)
     for rows, out in zip((2, 300), found, strict=True):
         h = torch.linspace(-1, 1, rows * WIDTH).reshape(rows, WIDTH)

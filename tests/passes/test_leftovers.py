@@ -42,12 +42,13 @@ def copies(graph):
 
 @pytest.mark.interpreter
 def test_no_copies_or_casts_beyond_the_twins():
-    """One more backward, and small: the gradient of the φ that was summed over the streams.
+    """Two more forward and three backward for the first read, left to Inductor as its norm is.
 
-    A norm that is part of its read takes its casts along.
+    One more backward, and small: the gradient of the φ that was summed over the streams. A norm
+    that is part of its read takes its casts along.
     """
     forward, backward = (copies(graph) for graph in traced("residual", PASSES))
     unfolded = tuple(run for run in PASSES if run is not fold_norm)
-    assert [copies(graph) for graph in traced("mhc", unfolded)] == [forward, backward + 1]
+    assert [copies(graph) for graph in traced("mhc", unfolded)] == [forward + 2, backward + 4]
     folded = [copies(graph) for graph in traced("mhc", PASSES)]
     assert folded[0] < forward and folded[1] < backward

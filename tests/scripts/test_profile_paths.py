@@ -53,7 +53,7 @@ def test_eager_and_fused_leave_page_plot_json_and_traces(tmp_path, capsys):
         assert find_trace(tmp_path / path["trace"]["path"].split("/")[0]).exists()
     assert eager["ops"] == [] and eager["floor"] is None
     # one layer: the passes read its one stream in and write its mean without making streams
-    assert {"hc::aggregate", "hc::project_backward"} <= {op["op"] for op in fused["ops"]}
+    assert {"hc::project", "hc::project_backward"} <= {op["op"] for op in fused["ops"]}
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
