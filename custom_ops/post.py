@@ -9,7 +9,7 @@ Ghost: `hc::pre` can also return an all-zero, zero-stride stand-in for x. A post
 sends its own cotangent through it and gives x no gradient, so that the backward of that pre forms
 the whole of ∂x in one pass instead of adding two stream tensors. A post of one stream out of many
 takes it only where its row of res is the sum of the rows that the pre made (its cotangent is then
-that of every stream) or where the ghost is one row, whose weights are those of the post.
+that of every stream) or where the ghost is one row, which the pre weighs as the post does.
 """
 
 import torch

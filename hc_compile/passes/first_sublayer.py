@@ -137,7 +137,7 @@ def _read(graph: Graph, pre: Node, row: Node) -> None:
         width = c.norm_width(int(value(row).shape[-1]))
         arguments_ = (p, ss, given["alpha"], given["bias"], width, c.spec)
         made = emit(graph, torch.ops.hc.constrain.default, *arguments_)
-        coefficients = [_item(graph, made, k) for k in range(3)]
+        coefficients = [take(graph, made, k) for k in range(3)]
         weights = coefficients[0] if given["carried"] is None else given["carried"]
         u = _scaled(graph, row, emit(graph, torch.sum, weights, -1, keepdim=True))
     new = dict(enumerate([u, *coefficients, p, ss]))
@@ -167,16 +167,9 @@ def _project(graph: Graph, phi: Node, row: Node, c: Constraint) -> tuple[Node, N
         dtype = compute_dtype(value(row), value(phi))
         phi = emit(graph, torch.sum, streams, 1, dtype=dtype)
     made = emit(graph, torch.ops.hc.project.default, row, phi, per_stream, c.precision)
-    p, ss = _item(graph, made, 0), _item(graph, made, 1)
+    p, ss = take(graph, made, 0), take(graph, made, 1)
     if not per_stream:
         return p, emit(graph, torch.mul, ss, c.streams)
     lead = [-1] * (value(row).dim() - 2)
     wide = emit(graph, "expand", p, *lead, c.streams, -1)
     return wide, emit(graph, "expand", ss, *lead, c.streams)
-
-
-def _item(graph: Graph, node: Node, index: int) -> Node:
-    item = take(graph, node, index, like=None)
-    if value(node) is not None:
-        item.meta["example_value"] = value(node)[index]
-    return item

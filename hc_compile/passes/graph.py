@@ -108,11 +108,13 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def take(graph: Graph, node: Node, index: int, like: Node | None) -> Node:
-    """A getitem on `node` at the current insertion point, with the meta of `like`."""
+def take(graph: Graph, node: Node, index: int, like: Node | None = None) -> Node:
+    """A getitem on `node` at the current insertion point, with the meta of `like` or its own."""
     item = graph.call_function(operator.getitem, (node, index))
     if like is not None:
         item.meta = dict(like.meta)
+    elif value(node) is not None:
+        item.meta["example_value"] = value(node)[index]
     return item
 
 
@@ -138,9 +140,8 @@ def reissue(graph: Graph, node: Node, given: dict, region: dict[Node, tuple]) ->
     for index, items in outputs(node).items():
         for item in items:
             with graph.inserting_before(item):
-                replacement = take(graph, new, index, like=item)
-            if value(new) is not None:
-                replacement.meta["example_value"] = value(new)[index]
+                replacement = take(graph, new, index)
+            replacement.meta = dict(item.meta) | replacement.meta
             region[replacement] = region[item]
             item.replace_all_uses_with(replacement)
             graph.erase_node(item)

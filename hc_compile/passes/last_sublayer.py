@@ -105,8 +105,7 @@ def _weighed(graph: Graph, seam: Node, region: dict) -> Node:
     if old:
         return old[0]
     with graph.inserting_after(new):
-        ghost = take(graph, new, GHOST, like=None)
-    ghost.meta["example_value"] = value(new)[GHOST]
+        ghost = take(graph, new, GHOST)
     region[ghost] = region[new]
     return ghost
 

@@ -56,8 +56,7 @@ def _link(graph: Graph, read: Node, name: str, region: dict) -> bool:
         return False
     new = reissue(graph, read, given | {"with_ghost": True}, region)
     with graph.inserting_after(new):
-        ghost = take(graph, new, READS[name], like=None)
-        ghost.meta["example_value"] = value(new)[READS[name]]
+        ghost = take(graph, new, READS[name])
     region[ghost] = region[write]
     taken = arguments(write, op)  # its x may be one of the replaced outputs
     write.args, write.kwargs = tuple((taken | {"ghost": ghost}).values()), {}
