@@ -17,9 +17,9 @@ EPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.flo
 def _run(name, variant, shape, dtype, seed=0, luck=1):
     """Compare one case with float64 and with the reference at the same dtype.
 
-    Where a result is sensitive (the norm of a single element, a nearly singular matrix), the
-    reference is close to it by luck alone: then what inputs moved by a rounding do to it counts.
-    Of thousands of cases some are lucky in their sums as well: `luck` times the limit.
+    luck: of thousands of cases the reference is close to some by chance alone. With more than 1
+    what inputs moved by a rounding do to the result counts, too (the norm of a single element, a
+    nearly singular matrix), and the limit is so many times as wide.
     """
     row = CATALOG[name]
     tokens, n, width = shape
@@ -35,12 +35,12 @@ def _run(name, variant, shape, dtype, seed=0, luck=1):
     eager = outputs_and_gradients(lambda *t: row.reference(variant, *t), inputs, cots)
     moved = [
         outputs_and_gradients(lambda *t: row.reference(variant, *t), near, cots)
-        for near in _neighbours(truth_inputs, torch.finfo(dtype).eps)
+        for near in (_neighbours(truth_inputs, torch.finfo(dtype).eps / 2) if luck > 1 else ())
     ]
     for kind, part in (("output", 0), ("gradient", 1)):
         for k, (a, b, c) in enumerate(zip(ours[part], eager[part], truth[part], strict=True)):
             assert a.shape == c.shape
-            error = max(worst(b, c), *(worst(other[part][k], c) for other in moved))
+            error = max([worst(b, c), *(worst(other[part][k], c) for other in moved)])
             limit = luck * (2 * error + EPS[dtype] * (10 if iterates else 1))
             assert worst(a, c) <= limit, (kind, k, worst(a, c), limit)
 
