@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from custom_ops.catalog import CATALOG, ROWS, make_inputs
-from custom_ops.constraint import parse
+from custom_ops.constraint import Constraint, parse
 from custom_ops.variants import CONSTRAINTS, DELAYED
 from tests.conftest import cotangents, outputs_and_gradients, worst
 
@@ -181,6 +181,21 @@ def test_opcheck(name, variant):
     if name in ("post", "aggregate", "project") or variant in ("sinkhorn", "static", "tanh"):
         op, args = calls[0]
         torch.library.opcheck(op, args, test_utils="test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_opcheck_of_ghosts(weighed):
+    row = CATALOG["post_pre"]
+    x, *rest = make_inputs(row, "delayed", 4, 3, 5)
+    *leaves, carried = [t.requires_grad_() for t in rest]
+    ghost, spec = torch.zeros_like(x).requires_grad_(), Constraint(3, iterations=2).spec
+    options = (spec, ghost, True, None, None, carried, weighed)
+    torch.library.opcheck(torch.ops.hc.post_pre.default, (x, *leaves, *options))
+    y, post, res = leaves[:3]
+    row_left = (post.sum(-1, keepdim=True), res.sum(-2, keepdim=True))
+    write = [t.detach().requires_grad_() for t in row_left]
+    ghost = (ghost[:, :1] if weighed else ghost).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.hc.post.default, (x, y, *write, ghost))
 
 
 def _recorded_calls(function):
