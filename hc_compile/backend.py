@@ -5,7 +5,7 @@
 `hc.install()` plain `torch.compile(model)` runs the passes too.
 
 The backend also keeps longer rows on chip than Inductor does (row_reductions.py), which `install`
-cannot ask of it. Inductor's own options stay as they are. Among them
+cannot ask of it, and recomputes by a policy. Inductor's own options stay as they are. Among them
 `triton.mix_order_reduction`, on by default, gives wrong gradients on torch 2.10 to 2.13 where a
 sum over 4096 or more tokens lands in a slice of a `cat` (pytorch/pytorch#193061: modulation
 vectors chunked from one shared table). No graph of ours has such a sum, which a test holds; a
@@ -64,7 +64,7 @@ def hc_inductor(
     then = options.pop("joint_custom_post_pass", inductor_config.joint_custom_post_pass)
     options |= {
         "pre_grad_custom_pass": passes,
-        "joint_custom_post_pass": Recompute(recompute, then),
+        "joint_custom_post_pass": Recompute(recompute, without_pipeline(then)),
     }
     options = torch._TorchCompileInductorWrapper(mode, options, None).config
     inner = with_rows_on_chip(compile_fx_inner)
@@ -114,19 +114,23 @@ def install(passes: Sequence[GraphPass] = PASSES) -> None:
     """Make plain `torch.compile(model)` run the hc:: graph passes, until `uninstall`.
 
     Sets `torch._inductor.config.pre_grad_custom_pass` to the passes followed by what it held, so a
-    pass of the user's keeps running; one given later, there or in `options=`, replaces ours. From
-    torch 2.13 that configuration belongs to the thread that sets it. Graphs without hc:: ops are
-    left alone and functions compiled before keep what they have. Calling it again changes nothing
-    but the choice of passes.
+    pass of the user's keeps running; one given later, there or in `options=`, replaces ours.
+    Likewise `joint_custom_post_pass`, to what hc_compile/passes/recompute.py keeps without a
+    policy. From torch 2.13 that configuration belongs to the thread that sets it. Graphs without
+    hc:: ops are left alone and functions compiled before keep what they have. Calling it again
+    changes nothing but the choice of passes.
 
     Args:
         passes: which of `hc_compile.passes.PASSES` to run, in order.
     """
     uninstall()
-    pipeline = PassPipeline(passes, inductor_config.pre_grad_custom_pass)
+    pipeline = PassPipeline((*passes, annotate), inductor_config.pre_grad_custom_pass)
     inductor_config.pre_grad_custom_pass = pipeline
+    kept = Recompute("none", inductor_config.joint_custom_post_pass)
+    inductor_config.joint_custom_post_pass = kept
 
 
 def uninstall() -> None:
-    """Undo `install`; a pass of the user's stays."""
-    inductor_config.pre_grad_custom_pass = without_pipeline(inductor_config.pre_grad_custom_pass)
+    """Undo `install`; passes of the user's stay."""
+    for name in ("pre_grad_custom_pass", "joint_custom_post_pass"):
+        setattr(inductor_config, name, without_pipeline(getattr(inductor_config, name)))

@@ -18,6 +18,7 @@ from hc_compile.passes.fuse_post_pre import fuse_post_pre
 from hc_compile.passes.graph import each, ops
 from hc_compile.passes.last_sublayer import last_sublayer
 from hc_compile.passes.link_ghosts import link_ghosts
+from hc_compile.passes.recompute import Recompute
 
 GraphPass = Callable[[Graph], bool]
 PASSES: tuple[GraphPass, ...] = (
@@ -64,8 +65,8 @@ class PassPipeline(CustomGraphPass):
 
 
 def without_pipeline(passes: Any) -> Any:
-    """A value of `pre_grad_custom_pass` without the pipelines in it."""
-    if isinstance(passes, PassPipeline):
+    """A value of `pre_grad_custom_pass` or `joint_custom_post_pass` without what is ours in it."""
+    if isinstance(passes, PassPipeline | Recompute):
         return without_pipeline(passes.then)
     if isinstance(passes, list | tuple):
         kept = [without_pipeline(run) for run in passes]
