@@ -84,22 +84,15 @@ def forward(
         streams = post_op.forward(x, y, post, res)
         rest = (spec, False, weight, shift, carried)
         *made, _ = pre_op.forward(streams, phi, alpha, bias, *rest)
-        return streams, *made, _ghost(streams, with_ghost, weighed)  # type: ignore[return-value]
+        ghost = pre_op.ghost_of(streams, with_ghost, weighed)
+        return streams, *made, ghost  # type: ignore[return-value]
     once = carried if c.read_norm == "none" else None  # a norm needs the whole row of u
     streams, u, *coefficients, p, ss = _fused_write(x, y, post, res, phi, alpha, bias, once, c)
     if u is None:
         weights = coefficients[0] if carried is None else carried
         u = pre_op.read(streams, weights, weight, shift, c)
-    ghost = _ghost(streams, with_ghost, weighed)
+    ghost = pre_op.ghost_of(streams, with_ghost, weighed)
     return streams, u, *coefficients, p, ss, ghost  # type: ignore[return-value]
-
-
-def _ghost(streams: Tensor, with_ghost: bool, weighed: bool) -> Tensor:
-    """The stand-in for the streams, or for what is left of them."""
-    if not with_ghost:
-        return streams.new_empty(0)
-    *lead, count, width = streams.shape
-    return streams.new_zeros(()).expand(*lead, 1 if weighed else count, width)
 
 
 def backward(
@@ -205,7 +198,7 @@ def _fake(
 ):
     streams = post_op._fake(x, y, post, res)
     *made, _ = pre_op._fake(streams, phi, alpha, bias, spec)
-    return streams, *made, _ghost(streams, with_ghost, weighed)
+    return streams, *made, pre_op.ghost_of(streams, with_ghost, weighed)
 
 
 def _backward_fake(g, du, dpre, dpost, dres, dghost, x, *rest):

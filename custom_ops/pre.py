@@ -66,8 +66,15 @@ def forward(
     assert carried is None or c.views == 1
     pre, post, res, p, ss = coefficients(x, phi, alpha, bias, c)
     u = read(x, pre if carried is None else carried, weight, shift, c)
-    ghost = x.new_zeros(()).expand(x.shape) if with_ghost else x.new_empty(0)
-    return u, pre, post, res, p, ss, ghost
+    return u, pre, post, res, p, ss, ghost_of(x, with_ghost)
+
+
+def ghost_of(x: Tensor, with_ghost: bool, weighed: bool = False) -> Tensor:
+    """The stand-in for x (see post.py), or for the one row that is left of it; else empty."""
+    if not with_ghost:
+        return x.new_empty(0)
+    *lead, streams, width = x.shape
+    return x.new_zeros(()).expand(*lead, 1 if weighed else streams, width)
 
 
 def backward(
@@ -250,8 +257,7 @@ def _fake(x, phi, alpha, bias, spec, with_ghost=False, weight=None, shift=None, 
     p_lead = (*lead, c.streams) if c.projection == "stream" else lead
     p = x.new_empty((0,) if static else (*p_lead, c.rows), dtype=dtype)
     ss = x.new_empty((0,) if static else p_lead, dtype=dtype)
-    ghost = x.new_empty(()).expand(x.shape) if with_ghost else x.new_empty(0)
-    return u, *coefs, p, ss, ghost
+    return u, *coefs, p, ss, ghost_of(x, with_ghost)
 
 
 def _backward_fake(du, dpre, dpost, dres, g, x, *rest):

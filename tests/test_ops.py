@@ -14,12 +14,11 @@ WIDE_SHAPES = [(t, n, c) for t in (1, 5) for n in range(1, 9) for c in (1, 7, 33
 EPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
-def _run(name, variant, shape, dtype, seed=0, luck=1):
+def _run(name, variant, shape, dtype, seed=0, neighbours=0):
     """Compare one case with float64 and with the reference at the same dtype.
 
-    luck: of thousands of cases the reference is close to some by chance alone. With more than 1
-    what inputs moved by a rounding do to the result counts, too (the norm of a single element, a
-    nearly singular matrix), and the limit is so many times as wide.
+    neighbours: of thousands of cases the reference is close to some by chance alone. How close it
+    comes is then also asked at so many inputs that differ by a rounding, each of its own truth.
     """
     row = CATALOG[name]
     tokens, n, width = shape
@@ -30,27 +29,33 @@ def _run(name, variant, shape, dtype, seed=0, luck=1):
     if dtype != torch.float64:  # what an op is given, it is given rounded
         outputs = row.call(variant, *inputs)
         cots = [c.to(o.dtype).double() for c, o in zip(cots, outputs, strict=True)]
-    truth = outputs_and_gradients(lambda *t: row.reference(variant, *t), truth_inputs, cots)
-    ours = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs, cots)
-    eager = outputs_and_gradients(lambda *t: row.reference(variant, *t), inputs, cots)
-    moved = [
-        outputs_and_gradients(lambda *t: row.reference(variant, *t), near, cots)
-        for near in (_neighbours(truth_inputs, torch.finfo(dtype).eps / 2) if luck > 1 else ())
+
+    def reference(tensors):
+        return outputs_and_gradients(lambda *t: row.reference(variant, *t), tensors, cots)
+
+    pairs = [
+        (reference(near), reference([t.double() for t in near]))
+        for near in (inputs, *_neighbours(inputs, neighbours))
     ]
+    truth = pairs[0][1]
+    ours = outputs_and_gradients(lambda *t: row.call(variant, *t), inputs, cots)
     for kind, part in (("output", 0), ("gradient", 1)):
-        for k, (a, b, c) in enumerate(zip(ours[part], eager[part], truth[part], strict=True)):
+        for k, (a, c) in enumerate(zip(ours[part], truth[part], strict=True)):
             assert a.shape == c.shape
-            error = max([worst(b, c), *(worst(other[part][k], c) for other in moved)])
-            limit = luck * (2 * error + EPS[dtype] * (10 if iterates else 1))
+            eager = max(worst(b[part][k], t[part][k]) for b, t in pairs)
+            limit = 2 * eager + EPS[dtype] * (10 if iterates else 1)
             assert worst(a, c) <= limit, (kind, k, worst(a, c), limit)
 
 
-def _neighbours(inputs, unit, count=3):
-    """The inputs, each element moved up or down by a rounding."""
+def _neighbours(inputs, count):
+    """The inputs `count` times, each element moved up or down by a rounding."""
     generator = torch.Generator().manual_seed(9)
     for _ in range(count):
         signs = [torch.randint(2, t.shape, generator=generator) * 2 - 1 for t in inputs]
-        yield [t * (1 + unit * sign) for t, sign in zip(inputs, signs, strict=True)]
+        steps = [
+            1 + torch.finfo(t.dtype).eps * sign for t, sign in zip(inputs, signs, strict=True)
+        ]
+        yield [(t.double() * step).to(t.dtype) for t, step in zip(inputs, steps, strict=True)]
 
 
 def _limit(row, variant, shape):
@@ -75,7 +80,9 @@ def test_no_worse_than_eager(name, variant, dtype):
 @pytest.mark.parametrize("shape", WIDE_SHAPES)
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_full_product(name, variant, shape, dtype):
-    _run(name, variant, _limit(CATALOG[name], variant, shape), dtype, seed=3, luck=6)
+    if variant == "read-layer" and shape[-1] == 1:
+        pytest.skip("one element less its mean is 0: the gradients of such a norm are roundings")
+    _run(name, variant, _limit(CATALOG[name], variant, shape), dtype, seed=3, neighbours=8)
 
 
 @pytest.mark.parametrize("std", [1.0, 5.0, 10.0])

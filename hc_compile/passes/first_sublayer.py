@@ -154,9 +154,8 @@ def _scaled(graph: Graph, row: Node, weights: Node) -> Node:
     views = value(weights).dim() == value(row).dim()
     h = row if views else row.args[0]
     assert isinstance(h, Node)
-    dtype = compute_dtype(value(h), value(weights))
-    wide = emit(graph, torch.mul, emit(graph, "to", h, dtype), emit(graph, "to", weights, dtype))
-    return emit(graph, "to", wide, value(h).dtype)
+    wide = emit(graph, "to", h, compute_dtype(value(h), value(weights)))
+    return emit(graph, "to", emit(graph, torch.mul, wide, weights), value(h).dtype)
 
 
 def _project(graph: Graph, phi: Node, row: Node, c: Constraint) -> tuple[Node, Node]:

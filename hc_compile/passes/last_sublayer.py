@@ -76,10 +76,7 @@ def _rewrite(graph: Graph, post: Node, region: dict) -> bool:
 
 
 def _seam(given: dict[str, Any], total: Node, region: dict) -> Node | None:
-    """The hc::post_pre that made x, the weights of `total` and res, if its ghost is this post's.
-
-    Or nobody's: then a weighed ghost spares the second ∂x all the same.
-    """
+    """The hc::post_pre that made x, the weights of `total` and res, if nobody has its ghost."""
     if not is_op(total, "aggregate") or not isinstance(given["x"], Node):
         return None
     seam = given["x"].args[0] if given["x"].op == "call_function" else None
@@ -91,19 +88,14 @@ def _seam(given: dict[str, Any], total: Node, region: dict) -> Node | None:
     needed = zip((STREAMS, PRE, RES), (given["x"], weights, given["res"]), strict=True)
     if any(node not in items.get(index, []) for index, node in needed):
         return None
-    ghosts = [user for ghost in items.get(GHOST, []) for user in ghost.users]
-    known = [given["ghost"]] if given["ghost"] is not None else []
-    free = len(ghosts) == len(known) and all(g in items.get(GHOST, []) for g in known)
-    return seam if free and value(given["x"]).shape[-2] > 1 else None
+    taken = given["ghost"] is not None or arguments(seam, "post_pre")["with_ghost"]
+    return None if taken or value(given["x"]).shape[-2] == 1 else seam
 
 
 def _weighed(graph: Graph, seam: Node, region: dict) -> Node:
     """The ghost of the seam as one row, of which x' with its weights is the only user."""
     changed = {"with_ghost": True, "weighed": True}
     new = reissue(graph, seam, arguments(seam, "post_pre") | changed, region)
-    old = outputs(new).get(GHOST, [])
-    if old:
-        return old[0]
     with graph.inserting_after(new):
         ghost = take(graph, new, GHOST)
     region[ghost] = region[new]

@@ -94,21 +94,15 @@ def tag(graph: Graph, policy: Policy) -> None:
         if group is not None:
             groups.setdefault(group, []).append(node)
     wide = {g: n for g, nodes in groups.items() if (n := _largest(nodes)) is not None}
-    for (_, kind), node in wide.items():
-        if kind == "row":
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     streams = {group: node for group, node in wide.items() if group[1] == "streams"}
-    if not streams:
-        return
-    every = _every(policy, groups, streams)
+    every = _every(policy, groups, streams) if streams else 0
     for node in (node for nodes in groups.values() for node in nodes):
         if every or _widens(node):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
     for count, (group, node) in enumerate(streams.items(), start=1):
         if every and count % every == 0:
             _keep(node, groups[group])
-    others = {group: nodes for group, nodes in groups.items() if every and group[1] != "row"}
-    for group, nodes in others.items():
+    for group, nodes in groups.items() if every else ():
         written = list(_origins(streams[group]))[-1] if group in streams else None
         for node in _reads(nodes, streams):
             *parts, origin = _origins(node)
@@ -117,6 +111,9 @@ def tag(graph: Graph, policy: Policy) -> None:
                 parts += [origin, *siblings]
             for part in parts:
                 part.meta.pop("recompute", None)
+    for (_, kind), node in wide.items():
+        if kind == "row":
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _every(policy: Policy, groups: dict, streams: dict) -> int:

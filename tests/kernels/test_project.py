@@ -116,6 +116,20 @@ def test_pre_dx_of_one_cotangent(streams, dtype):
     check_sublayer(case, {"dx": pre_dx(*given, one, res)[0]}, slack=slack)
 
 
+ROWS = [(5, 1, 96), (130, 1, 160)]  # of one stream, taken for four
+ROWS += [] if INTERPRETED else [(4500, 1, 2560), (203, 1, 7168)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coefficients", [3, 24])
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_project_backward_of_one_stream(shape, coefficients, dtype):
+    case = Sublayer(*shape, dtype, coefficients=coefficients)
+    dx, dphi = project_backward(case.dp, case.dss, case.x, case.phi)
+    slack = SPLIT if dtype == torch.bfloat16 else 4e-6
+    check_sublayer(case, {"project_dx": dx, "dphi": dphi}, slack=slack)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_project_backward(shape):
     case = Sublayer(*shape, torch.bfloat16)

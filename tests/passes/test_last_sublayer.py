@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import hc_compile as hc
-from hc_compile.passes.graph import arguments, is_op, value
+from hc_compile.passes.graph import arguments, is_op, outputs, value
 from hc_compile.passes.last_sublayer import last_sublayer
+from hc_compile.passes.link_ghosts import link_ghosts
 from tests.conftest import worst
 from tests.passes.harness import assert_equal, results, with_passes
 from tests.passes.test_pipeline import block_of, net_and_input
@@ -110,15 +111,30 @@ def test_no_ghost_where_nothing_is_differentiated():
 def test_streams_that_are_also_returned_keep_both_gradients():
     """x' of the last seam has another user: its cotangent is added to the row's."""
     net, h = net_and_input("mhc-v4.1", 4)
+    users = []
 
     def function(h):
         x = net.expand(h)
-        for k in range(2):
+        for k in range(3):
             x = block_of(net, k, x)
-        seen = hc.resolve(x) * 1.5
-        return net.reduce(block_of(net, 2, x)), seen
+        return net.reduce(x), x.x * 1.5
 
-    folded(function, net, h)
+    def look(graph):
+        seams = [n for n in graph.nodes if is_op(n, "post_pre")]
+        assert [arguments(n, "post_pre")["weighed"] for n in seams] == [False, True]
+        users.extend(outputs(seams[-1])[0][0].users)
+        return False
+
+    assert folded(function, net, h) == [(1, DIM)]
+    results(with_passes(function, [last_sublayer, look]), net, h)
+    assert len(users) == 2
+
+
+def test_a_ghost_that_is_taken_is_left():
+    """Where links were made first, ∂x is formed twice, as without them."""
+    net, h = net_and_input("mhc-v4.1", 4)
+    ours = results(with_passes(net, [link_ghosts, last_sublayer]), net, h)
+    assert_equal(ours, results(net, net, h))
 
 
 def test_several_branches_weighed_stay():
